@@ -1,0 +1,1 @@
+"""Sample, edit and score images with Covae models served on NVIDIA Triton."""

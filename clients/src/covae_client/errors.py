@@ -1,0 +1,50 @@
+"""Exceptions of covae-client.
+
+CovaeError                   everything Covae raises on purpose, on either side of the wire
+├── InvalidArgument          an argument is wrong: its name, the value found, the value expected (also a ValueError)
+├── ImageFileError           an image file is refused: missing, renamed, truncated, too large
+└── ServerError              the server did not do what was asked
+    ├── ConnectionFailed     no server answers at the address, or it went away
+    ├── DeadlineExceeded     the server did not answer within the timeout
+    ├── NotFound             the server has no such model or operation
+    ├── InvalidRequest       the server refused a request's contents
+    └── ServerFault          the server failed while it did the work
+"""
+
+from __future__ import annotations
+
+
+class CovaeError(Exception):
+    """Base of every exception that Covae raises on purpose."""
+
+
+class InvalidArgument(CovaeError, ValueError):
+    """An argument is wrong; the message names it, the value found and the value expected."""
+
+
+class ImageFileError(CovaeError):
+    """An image file is refused; the message begins with its name."""
+
+
+class ServerError(CovaeError):
+    """The server did not do what was asked."""
+
+
+class ConnectionFailed(ServerError):
+    """No server answers at the address, or it went away."""
+
+
+class DeadlineExceeded(ServerError):
+    """The server did not answer within the timeout."""
+
+
+class NotFound(ServerError):
+    """The server has no such model or operation."""
+
+
+class InvalidRequest(ServerError):
+    """The server refused a request's contents."""
+
+
+class ServerFault(ServerError):
+    """The server failed while it did the work."""

@@ -1,0 +1,1 @@
+"""Starts and supervises NVIDIA Triton on a Covae model repository."""

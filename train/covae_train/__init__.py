@@ -1,0 +1,1 @@
+"""PyTorch: densities, networks, objectives, the training loop, evaluation."""
