@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Operation(str, Enum):
 
 
 # Triton's dtype names beside NumPy's.
-NUMPY_DTYPES: Mapping[str, np.dtype] = {
+NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype(np.uint8),
     "INT64": np.dtype(np.int64),
@@ -130,18 +131,18 @@ class ModelSpec:
         missing = [field.name for field in fields(cls) if field.name not in parameters]
         if missing:
             raise InvalidArgument(
-                f"the model's config lacks the parameters {missing}: it was not written by `covae export`; export it again"
+                f"the model's config lacks the parameters {missing}: `covae export` did not write it; export it again"
             )
         try:
             values = {field.name: json.loads(parameters[field.name]) for field in fields(cls)}
-        except json.JSONDecodeError as error:
-            raise InvalidArgument(f"the model's config parameters are not JSON: {error}; export it again") from error
+            for name in ("image_shape", "latent_shape", "value_range"):
+                values[name] = tuple(values[name])
+            values["density_parameters"] = {key: tuple(shape) for key, shape in values["density_parameters"].items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f"the model's config parameters are malformed: {error}; export it again") from error
         if values["contract_version"] != CONTRACT_VERSION:
             raise InvalidArgument(
                 f"contract_version: the model has {values['contract_version']}, this version of Covae speaks "
                 f"{CONTRACT_VERSION}; export the model again, or install the client that matches it"
             )
-        for name in ("image_shape", "latent_shape", "value_range"):
-            values[name] = tuple(values[name])
-        values["density_parameters"] = {key: tuple(shape) for key, shape in values["density_parameters"].items()}
         return cls(**values)

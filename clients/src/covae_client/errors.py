@@ -5,6 +5,7 @@ CovaeError                   everything Covae raises on purpose, on either side 
 ├── ImageFileError           an image file is refused: missing, renamed, truncated, too large
 └── ServerError              the server did not do what was asked
     ├── ConnectionFailed     no server answers at the address, or it went away
+    ├── AccessDenied         the server, or a proxy before it, wants other credentials
     ├── DeadlineExceeded     the server did not answer within the timeout
     ├── NotFound             the server has no such model or operation
     ├── InvalidRequest       the server refused a request's contents
@@ -32,6 +33,10 @@ class ServerError(CovaeError):
 
 class ConnectionFailed(ServerError):
     """No server answers at the address, or it went away."""
+
+
+class AccessDenied(ServerError):
+    """The server, or a proxy before it, wants other credentials."""
 
 
 class DeadlineExceeded(ServerError):

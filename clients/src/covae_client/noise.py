@@ -70,7 +70,7 @@ def uniform(seeds: NDArray[np.int64], count: int, stream: Stream) -> NDArray[np.
     x, y = stream_states(np.asarray(seeds, dtype=np.int64), stream)
     first, second = jump_multipliers(count)
     period = MODULI[0] - 1
-    value = (x[:, None] * first % MODULI[0] - y[:, None] * second % MODULI[1]) % period
+    value: NDArray[np.int64] = (x[:, None] * first % MODULI[0] - y[:, None] * second % MODULI[1]) % period
     return (value + 0.5) / period
 
 
@@ -80,7 +80,7 @@ def standard_normal(seeds: NDArray[np.int64], count: int, stream: Stream) -> NDA
     numbers = uniform(seeds, 2 * half, stream)
     radius = np.sqrt(-2 * np.log(numbers[:, :half]))
     angle = 2 * np.pi * numbers[:, half:]
-    normals = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    normals: NDArray[np.float64] = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return normals[:, :count].astype(np.float32)
 
 

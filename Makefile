@@ -1,0 +1,35 @@
+# make demo | make test | make check. Everything is installed into .venv; nothing needs root, Docker or a GPU.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+BIN := .venv/bin
+DATA ?= digits
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test quick check format clean
+
+.venv/.installed: pyproject.toml clients/pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("Python %d.%d found; Covae needs 3.11 or 3.12: make PYTHON=/path/to/python3.11" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable clients --editable ".[dev]"
+	touch $@
+
+demo: .venv/.installed ## the main job on real images: train, export, serve, sample, edit, score; leaves demo/index.html
+	exec $(BIN)/covae demo --data $(DATA)
+
+test: .venv/.installed ## every test, the slow ones against a real Triton too
+	$(BIN)/python -m pytest
+
+quick: .venv/.installed ## the tests that need no Triton
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/.installed ## ruff, mypy --strict, both wheels, and every module from a clean environment
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m tests.check_wheels
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove what demo and the tests made, but not the environment
+	rm -rf demo runs dist

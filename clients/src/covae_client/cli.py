@@ -1,0 +1,244 @@
+"""The `covae` command: sample, edit and score here; train, evaluate, export, serve, … come with the `covae` package."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from covae_client.errors import CovaeError
+
+COMMAND_GROUP = "covae.commands"
+# Known by name even where the package that brings them is not installed.
+COVAE_COMMANDS = ("train", "evaluate", "export", "serve", "bench", "demo")
+INTERRUPTED = 130
+
+
+class LazyGroup(TyperGroup):
+    """The commands of this file, and those of entry points, each imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names for `covae --help`: those of entry points in the order of the workflow, then those of this file."""
+        found = _entry_points()
+        known = [name for name in COVAE_COMMANDS if name in found]
+        return [*known, *super().list_commands(ctx), *sorted(set(found) - set(known))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name; a stand-in that says what is missing if it cannot be had."""
+        here = super().get_command(ctx, cmd_name)
+        if here is not None:
+            return here
+        entry = _entry_points().get(cmd_name)
+        if entry is not None:
+            return _loaded(entry)
+        if cmd_name in COVAE_COMMANDS:
+            return _stand_in(cmd_name, f"{cmd_name} needs the covae package (pip install covae)", exit_code=2)
+        return None
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; what Covae raises on purpose becomes one line, an interrupt exit code 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _print_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except CovaeError as error:
+            if os.environ.get("COVAE_DEBUG"):
+                raise
+            _print_error(str(error))
+            raise typer.Exit(1) from None
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=COMMAND_GROUP)}
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    try:
+        command = entry.load()
+    except (ImportError, AttributeError) as error:
+        return _stand_in(
+            entry.name, f"{entry.name} cannot be loaded: {error}; reinstall the covae package", exit_code=1
+        )
+    if not isinstance(command, typer.Typer):
+        function, command = command, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        command.command(name=entry.name)(function)
+    loaded = typer.main.get_command(command)
+    loaded.name = entry.name
+    return loaded
+
+
+def _stand_in(name: str, message: str, exit_code: int) -> Any:
+    stand_in = typer.Typer(add_completion=False)
+
+    @stand_in.command(
+        name=name,
+        help=message,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def explain() -> None:
+        _print_error(message)
+        raise typer.Exit(exit_code)
+
+    return typer.main.get_command(stand_in)
+
+
+def _print_error(message: str) -> None:
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    help="Train image models that know how their pixels vary together; serve them, sample, edit and score with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from covae_client import __version__
+
+        typer.echo(f"covae-client {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name on the server.")]
+Server = Annotated[
+    str, typer.Option("--server", envvar="COVAE_SERVER", metavar="HOST:PORT", help="The server's gRPC address.")
+]
+RequestTimeout = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", help="How long to wait for one request, retries included.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.", show_default=True)]
+
+
+@app.command()
+def sample(
+    name: Name,
+    number: Annotated[int, typer.Option("--number", "-n", help="How many images.")] = 16,
+    seed: Seed = 0,
+    start: Annotated[int, typer.Option("--start", help="The first image's index under the seed.")] = 0,
+    noise_seed: Annotated[
+        int | None, typer.Option("--noise-seed", help="Draw other samples from the same latents.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The folder for 0000.png, 0001.png, …")] = Path("samples"),
+    grid: Annotated[
+        Path | None, typer.Option("--grid", metavar="FILE.png", help="Write one picture of all images instead.")
+    ] = None,
+    server: Server = "localhost:8001",
+    timeout: RequestTimeout = 60.0,
+) -> None:
+    """Draw images from a served model and write them as PNG files."""
+    from covae_client import commands
+
+    with commands.open_model(name, server, timeout) as model:
+        place = commands.sample(model, number=number, seed=seed, start=start, noise_seed=noise_seed, out=out, grid=grid)
+    typer.echo(f"{number} images: {place}")
+
+
+@app.command()
+def edit(
+    name: Name,
+    edit_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EDIT.png", help="A picture of the model's size: opaque pixels are fixed, transparent ones follow."
+        ),
+    ],
+    seed: Annotated[
+        int, typer.Option("--seed", "--latent-seed", help="The edited image is one of `covae sample` with this seed.")
+    ] = 0,
+    index: Annotated[int, typer.Option("--index", help="Which of them: 0 is 0000.png.")] = 0,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", help="Edit this picture instead: its latent is the encoder's mean."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="How many images to draw that agree with the edit.")] = 2,
+    noise_seed: Annotated[
+        int | None, typer.Option("--noise-seed", help="Seed of the drawn images' noise; by default --seed.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The folder for mean.png, sample-0.png, …")] = Path("edits"),
+    server: Server = "localhost:8001",
+    timeout: RequestTimeout = 60.0,
+) -> None:
+    """Fix the opaque pixels of EDIT.png and let the rest of an image follow: mean.png, sample-0.png, …"""
+    from covae_client import commands
+
+    with commands.open_model(name, server, timeout) as model:
+        place = commands.edit(
+            model,
+            edit_file,
+            seed=seed,
+            index=index,
+            image=image,
+            samples=samples,
+            noise_seed=seed if noise_seed is None else noise_seed,
+            out=out,
+        )
+    typer.echo(f"mean.png and {samples} samples: {place}")
+
+
+@app.command()
+def score(
+    name: Name,
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES…", help="PNG, JPEG and WebP files, and folders of them.")
+    ],
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", help="Importance weights per image: more give a tighter bound.")
+    ] = 100,
+    seed: Seed = 0,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the scores as CSV.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
+    server: Server = "localhost:8001",
+    timeout: RequestTimeout = 60.0,
+) -> None:
+    """Tell how likely a model holds images: log p(x), from below, with its standard error, and bits per dimension.
+
+    Images are scaled and cut to the model's size as in training. Densities are over pixels in [0, 1], in nats, so
+    values above 0 are normal. Bits per dimension are -(log p(x) - S log 255) / (S log 2) for the S numbers of an
+    image, a density in units of bytes, without dequantisation noise: compare models of this project by it, not with a
+    lossless code. A standard error is too small where the effective sample size (ess) is below 10 or so.
+
+    Files that are refused are named and skipped; the exit code is then 1.
+    """
+    from covae_client import commands
+
+    with commands.open_model(name, server, timeout) as model:
+        rows = commands.score(model, paths, num_samples=num_samples, seed=seed)
+    commands.print_scores(rows)
+    for write, file in ((commands.write_csv, csv), (commands.write_json, json)):
+        if file is not None:
+            write(file, rows, name=name, num_samples=num_samples, seed=seed)
+            typer.echo(f"scores: {file}")
+    refused = [row for row in rows if row.error]
+    for row in refused:
+        _print_error(row.error)
+    if refused:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the `covae` command and exit."""
+    app(prog_name="covae")
+
+
+if __name__ == "__main__":
+    main()

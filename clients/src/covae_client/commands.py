@@ -1,0 +1,249 @@
+"""What `covae sample`, `covae edit` and `covae score` do, apart from their options; imported when one of them runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from math import ceil, isfinite, sqrt
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from covae_client.arguments import integer
+from covae_client.client import Client
+from covae_client.errors import ImageFileError, InvalidArgument
+from covae_client.images import find_images, fit_image, load_edit, open_image
+from covae_client.model import Model
+from covae_client.retry import Timeout
+
+# Images held in memory at a time.
+BLOCK = 256
+GRID_GAP = 2
+MAX_GRID_IMAGES = 10_000
+MAX_EDIT_SAMPLES = 10_000
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class FileScore:
+    """One file's scores (see `covae_client.Scores`), or why it was refused."""
+
+    file: str
+    log_likelihood_bound: float | None = None
+    standard_error: float | None = None
+    elbo: float | None = None
+    bits_per_dim: float | None = None
+    effective_sample_size: float | None = None
+    error: str = ""
+
+
+SCORE_FIELDS = tuple(field.name for field in fields(FileScore) if field.name not in ("file", "error"))
+
+
+@contextmanager
+def open_model(name: str, server: str, timeout_s: float) -> Iterator[Model]:
+    """The model `name` on a server, for as long as the context lasts."""
+    with Client(server, timeout=Timeout(request_s=timeout_s)) as client:
+        yield client.model(name)
+
+
+def sample(
+    model: Model, *, number: int, seed: int, start: int, noise_seed: int | None, out: Path, grid: Path | None
+) -> Path:
+    """Write `number` samples into the folder `out`, or as one picture `grid`; returns where they are."""
+    integer("--number", number, 1, MAX_GRID_IMAGES if grid else 2**32)
+    if grid is not None and grid.suffix.lower() != ".png":
+        raise InvalidArgument(f"--grid: found {str(grid)!r}, expected the name of a file that ends in .png")
+    kept: list[NDArray[np.uint8]] = []
+    with _progress("sample", number) as report:
+        for offset, count in _blocks(number):
+            images = model.sample(
+                count, seed=seed, noise_seed=noise_seed, start=start + offset, progress=_shifted(report, offset)
+            )
+            if grid is None:
+                for index, image in enumerate(images, start + offset):
+                    save_image(out / f"{index:04d}.png", image)
+            else:
+                kept.append(images)
+    if grid is None:
+        return out
+    save_image(grid, tile(np.concatenate(kept)))
+    return grid
+
+
+def edit(
+    model: Model,
+    edit_file: Path,
+    *,
+    seed: int,
+    index: int,
+    image: Path | None,
+    samples: int,
+    noise_seed: int,
+    out: Path,
+) -> Path:
+    """Condition a model's image on an edit; writes mean.png and sample-K.png into `out`, which it returns."""
+    integer("--samples", samples, 1, MAX_EDIT_SAMPLES)
+    shape = model.spec.image_shape
+    mask, pixels = load_edit(edit_file, shape)
+    if image is None:
+        latent = model.latents(1, seed=seed, start=index)[0]
+    else:
+        latent = model.encode(fit_image(open_image(image), shape)).mean
+    latents = np.broadcast_to(latent, (samples, *latent.shape))
+    result = model.condition(latents, mask, pixels, seed=noise_seed, start=index)
+    save_image(out / "mean.png", result.image[0])
+    for number, drawn in enumerate(result.sample):
+        save_image(out / f"sample-{number}.png", drawn)
+    return out
+
+
+def score(model: Model, paths: Sequence[Path], *, num_samples: int, seed: int) -> list[FileScore]:
+    """Score the images at `paths`, folders searched through; refused ones are among the rows, with their error.
+
+    A file's place in the list picks its noise, whether files before it are refused or not.
+    """
+    rows, files = _list_files(paths)
+    with _progress("score", len(files)) as report:
+        for offset, count in _blocks(len(files)):
+            block = files[offset : offset + count]
+            rows += _score_block(model, block, offset, num_samples, seed, _shifted(report, offset))
+    return rows
+
+
+def _list_files(paths: Sequence[Path]) -> tuple[list[FileScore], list[Path]]:
+    refused: list[FileScore] = []
+    files: dict[Path, None] = {}
+    for path in paths:
+        try:
+            files.update(dict.fromkeys(find_images([path])))
+        except ImageFileError as error:
+            refused.append(FileScore(str(path), error=str(error)))
+    return refused, list(files)
+
+
+def _score_block(
+    model: Model, files: Sequence[Path], offset: int, num_samples: int, seed: int, report: Callable[[int, int], None]
+) -> list[FileScore]:
+    images: dict[int, NDArray[np.uint8]] = {}
+    rows: dict[int, FileScore] = {}
+    for place, file in enumerate(files):
+        try:
+            images[place] = fit_image(open_image(file), model.spec.image_shape)
+        except ImageFileError as error:
+            rows[place] = FileScore(str(file), error=str(error))
+    if images:
+        indices = [offset + place for place in images]
+        scores = model.score(
+            np.stack(list(images.values())), num_samples=num_samples, seed=seed, indices=indices, progress=report
+        )
+        for row, place in enumerate(images):
+            values: dict[str, Any] = {name: float(getattr(scores, name)[row]) for name in SCORE_FIELDS}
+            rows[place] = FileScore(str(files[place]), **values)
+    return [rows[place] for place in range(len(files))]
+
+
+def print_scores(rows: Sequence[FileScore]) -> None:
+    """Show the scores of the files that were not refused as a table."""
+    table = Table("file", "log p(x) ≥ (nats)", "± s.e.", "elbo", "bits/dim", "ess")
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    table.columns[0].overflow = "fold"
+    for row in rows:
+        if not row.error:
+            digits = (2, 2, 2, 4, 1)
+            numbers = (f"{getattr(row, name):.{places}f}" for name, places in zip(SCORE_FIELDS, digits, strict=True))
+            # Text, because a file's name may look like markup.
+            table.add_row(Text(row.file), *numbers)
+    if table.row_count:
+        Console().print(table)
+
+
+def write_csv(file: Path, rows: Sequence[FileScore], **_: Any) -> None:
+    """Write one line per file; numbers in full, empty where a file was refused."""
+
+    def write() -> None:
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            table = csv.DictWriter(stream, [field.name for field in fields(FileScore)])
+            table.writeheader()
+            table.writerows(asdict(row) for row in rows)
+
+    _writing(file, write)
+
+
+def write_json(file: Path, rows: Sequence[FileScore], *, name: str, num_samples: int, seed: int) -> None:
+    """Write the scores with how they were made; numbers that are not finite are null."""
+    images = [{key: _json_value(value) for key, value in asdict(row).items()} for row in rows]
+    document = {"model": name, "num_samples": num_samples, "seed": seed, "images": images}
+    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+    _writing(file, lambda: file.write_text(text + "\n", encoding="utf-8"))
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def save_image(file: Path, image: NDArray[np.uint8]) -> None:
+    """Write an image, (H, W, C) uint8, as PNG; makes the folder.
+
+    Raises:
+        InvalidArgument: the file cannot be written.
+    """
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+    def write() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file, format="PNG")
+
+    _writing(file, write)
+
+
+def tile(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """One picture of N images, row by row and about square, on white. images: (N, H, W, C) uint8."""
+    number, height, width, channels = images.shape
+    columns = ceil(sqrt(number))
+    lines = ceil(number / columns)
+    size = (lines * (height + GRID_GAP) + GRID_GAP, columns * (width + GRID_GAP) + GRID_GAP, channels)
+    picture = np.full(size, 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top = GRID_GAP + index // columns * (height + GRID_GAP)
+        left = GRID_GAP + index % columns * (width + GRID_GAP)
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def _writing(file: Path, write: Callable[[], Result]) -> Result:
+    try:
+        return write()
+    except OSError as error:
+        raise InvalidArgument(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+def _blocks(total: int) -> Iterator[tuple[int, int]]:
+    for offset in range(0, total, BLOCK):
+        yield offset, min(BLOCK, total - offset)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr, gone at the end; nothing elsewhere."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _shifted(report: Callable[[int], None], offset: int) -> Callable[[int, int], None]:
+    return lambda done, _: report(offset + done)

@@ -1,0 +1,81 @@
+"""How long a client waits for a server, and when it asks again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Event
+from typing import TypeVar
+
+from covae_client.errors import ConnectionFailed, InvalidArgument
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Timeout:
+    """Seconds to wait: connect_s for a server to answer at all, request_s for one request with all its retries.
+
+    A call on many images is split into several requests, and each has request_s.
+
+    Raises:
+        InvalidArgument: a value is not above 0.
+    """
+
+    connect_s: float = 5.0
+    request_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("connect_s", "request_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(f"{name}: found {getattr(self, name)}, expected seconds above 0")
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Ask again when a server was unavailable: at most `attempts` times in all, waiting longer each time.
+
+    The wait before attempt k + 1 is drawn between half of and the whole of min(first_wait_s · 2^(k-1), longest_wait_s),
+    so that clients do not come back all at once. Asking again is safe: every request carries its seeds, so it has the
+    same answer. `Retry(attempts=1)` never asks again.
+
+    Raises:
+        InvalidArgument: attempts is below 1 or a wait is negative.
+    """
+
+    attempts: int = 4
+    first_wait_s: float = 0.1
+    longest_wait_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise InvalidArgument(f"attempts: found {self.attempts}, expected 1 or more")
+        for name in ("first_wait_s", "longest_wait_s"):
+            if not getattr(self, name) >= 0:
+                raise InvalidArgument(f"{name}: found {getattr(self, name)}, expected seconds of 0 or more")
+
+    def wait_s(self, failures: int) -> float:
+        """Seconds to wait after `failures` (1 or more) failed attempts."""
+        whole = min(self.first_wait_s * 2.0 ** (failures - 1), self.longest_wait_s)
+        return random.uniform(whole / 2, whole)
+
+
+def with_retries(call: Callable[[float], Result], *, retry: Retry, request_s: float, stop: Event) -> Result:
+    """Run `call(seconds left)` until it no longer raises ConnectionFailed, attempts or time run out, or `stop` is set.
+
+    Raises:
+        ConnectionFailed: that of the last attempt.
+    """
+    deadline = time.monotonic() + request_s
+    failures = 0
+    while True:
+        try:
+            return call(deadline - time.monotonic())
+        except ConnectionFailed:
+            failures += 1
+            wait_s = retry.wait_s(failures)
+            too_late = time.monotonic() + wait_s >= deadline
+            if failures == retry.attempts or too_late or stop.wait(wait_s):
+                raise

@@ -1,0 +1,259 @@
+"""One gRPC connection to a Triton server: connecting, deadlines, retries, and batches split into requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covae_client.contract import NUMPY_DTYPES, TensorSpec
+from covae_client.errors import (
+    AccessDenied,
+    ConnectionFailed,
+    DeadlineExceeded,
+    InvalidArgument,
+    InvalidRequest,
+    NotFound,
+    ServerError,
+    ServerFault,
+)
+from covae_client.retry import Retry, Timeout, with_retries
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+# The input tensors of the rows that a slice names, each with a leading batch axis.
+Inputs = Callable[[slice], Mapping[str, NDArray[Any]]]
+
+# Inputs and outputs of one request together; far below gRPC's 2 GiB, so that progress shows and memory stays small.
+MAX_REQUEST_BYTES = 32 * 2**20
+# Enough to keep a server busy while answers travel, few enough not to fill its queue.
+MAX_IN_FLIGHT = 4
+CONNECT_POLL_S = 0.05
+
+# `channel_args` replaces every default of tritonclient, the limits on message size among them.
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Spreads requests over the replicas when the address is a headless service; with one address it changes nothing.
+    ("grpc.lb_policy_name", "round_robin"),
+    # Otherwise clients of one address share a connection, and one that failed to connect makes the next one wait.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+# A proxy for the outside world (http_proxy) is no way to this machine's own server.
+LOCAL_OPTIONS = (("grpc.enable_http_proxy", 0),)
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+
+# What each gRPC status means to a caller, and what to do next. Retries happen on ConnectionFailed only.
+STATUS_ERRORS: Mapping[str, tuple[type[ServerError], str]] = {
+    "UNAVAILABLE": (ConnectionFailed, "is the server running, not overloaded, and is this call allowed to clients?"),
+    "CANCELLED": (ConnectionFailed, "the server may be shutting down"),
+    "DEADLINE_EXCEEDED": (DeadlineExceeded, "try a longer Timeout(request_s=…) or fewer images"),
+    "NOT_FOUND": (NotFound, "the server does not serve it, or no longer"),
+    "INVALID_ARGUMENT": (InvalidRequest, "do the client's and the exported model's versions match?"),
+    "FAILED_PRECONDITION": (InvalidRequest, "do the client's and the exported model's versions match?"),
+    "OUT_OF_RANGE": (InvalidRequest, "do the client's and the exported model's versions match?"),
+    "PERMISSION_DENIED": (AccessDenied, "credentials go in Client(headers=…)"),
+    "UNAUTHENTICATED": (AccessDenied, "credentials go in Client(headers=…)"),
+}
+OTHER_STATUS: tuple[type[ServerError], str] = (ServerFault, "the server's log says more")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Files in PEM format: the authorities to trust (None: the system's), and for mutual TLS the client's own key."""
+
+    root_certificates: str | Path | None = None
+    private_key: str | Path | None = None
+    certificate_chain: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One served Triton model: its name, its tensors (per row) and the largest batch that it takes."""
+
+    model_name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int
+
+    @property
+    def rows_per_request(self) -> int:
+        """Rows that one request carries: as many as the server takes and MAX_REQUEST_BYTES hold, and at least one."""
+        row_bytes = sum(tensor.row_bytes for tensor in (*self.inputs, *self.outputs))
+        return max(1, min(self.max_batch_size, MAX_REQUEST_BYTES // max(1, row_bytes)))
+
+
+class Transport:
+    """A connection to one Triton server over gRPC; made on the first call, safe to use from many threads."""
+
+    def __init__(
+        self, address: str, *, timeout: Timeout, retry: Retry, tls: Tls | None, headers: Mapping[str, str]
+    ) -> None:
+        self.address = address
+        self._timeout = timeout
+        self._retry = retry
+        self._headers = dict(headers)
+        self._closed = Event()
+        self._connected = False
+        self._connecting = Lock()
+        self._triton = _triton_client(address, tls)
+
+    def close(self) -> None:
+        """End the connection; calls in flight fail."""
+        self._closed.set()
+        self._triton.close()
+
+    def call(self, action: str, method: str, *arguments: Any, retry: Retry | None = None, **options: Any) -> Any:
+        """Call a method of tritonclient's client with deadline and retries; `action` opens the message of an error.
+
+        Raises:
+            ServerError: one of its kinds, by STATUS_ERRORS.
+            InvalidArgument: the client is closed.
+        """
+        self._connect()
+        rpc = getattr(self._triton, method)
+
+        def attempt(seconds: float) -> Any:
+            return self._attempt(action, rpc, seconds, *arguments, **options)
+
+        return with_retries(attempt, retry=retry or self._retry, request_s=self._timeout.request_s, stop=self._closed)
+
+    def infer(
+        self, endpoint: Endpoint, inputs: Inputs, rows: int, progress: Progress | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Run `rows` rows through an endpoint, split into requests, a few of them in flight at a time.
+
+        `inputs(slice)` gives the input tensors of those rows; `progress(done, rows)` is called after each request, in
+        order, in the caller's thread. Returns each output as one array with a leading axis of `rows`.
+
+        Raises:
+            ServerError: one of its kinds, by STATUS_ERRORS; ServerFault if an output is not as the contract says.
+        """
+        results = {
+            tensor.name: np.empty((rows, *tensor.shape), dtype=NUMPY_DTYPES[tensor.dtype])
+            for tensor in endpoint.outputs
+        }
+
+        def send(part: slice) -> int:
+            answer = self._request(endpoint, inputs(part))
+            for tensor in endpoint.outputs:
+                results[tensor.name][part] = _checked_output(answer, tensor, part.stop - part.start, endpoint)
+            return int(part.stop)
+
+        size = endpoint.rows_per_request
+        parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        for done in _in_flight(send, parts):
+            if progress is not None:
+                progress(done, rows)
+        return results
+
+    def _request(self, endpoint: Endpoint, arrays: Mapping[str, NDArray[Any]]) -> Any:
+        from tritonclient.grpc import InferInput, InferRequestedOutput
+
+        tensors = []
+        for tensor in endpoint.inputs:
+            array = np.ascontiguousarray(arrays[tensor.name], dtype=NUMPY_DTYPES[tensor.dtype])
+            tensors.append(InferInput(tensor.name, array.shape, tensor.dtype).set_data_from_numpy(array))
+        wanted = [InferRequestedOutput(tensor.name) for tensor in endpoint.outputs]
+        return self.call(endpoint.model_name, "infer", endpoint.model_name, tensors, outputs=wanted)
+
+    def _attempt(self, action: str, rpc: Callable[..., Any], seconds: float, *arguments: Any, **options: Any) -> Any:
+        from tritonclient.utils import InferenceServerException
+
+        if self._closed.is_set():
+            raise ConnectionFailed(f"{action}: the client was closed")
+        try:
+            return rpc(*arguments, headers=self._headers, client_timeout=max(seconds, 0.001), **options)
+        except InferenceServerException as error:
+            raise self._translated(action, error) from error
+        except ValueError as error:
+            # What gRPC raises on a channel that another thread has just closed.
+            if not self._closed.is_set():
+                raise
+            raise ConnectionFailed(f"{action}: the client was closed") from error
+
+    def _translated(self, action: str, error: Any) -> ServerError:
+        status = str(error.status()).removeprefix("StatusCode.")
+        kind, next_step = STATUS_ERRORS.get(status, OTHER_STATUS)
+        return kind(f"{action}: {self.address} says {status}: {error.message()} ({next_step})")
+
+    def _connect(self) -> None:
+        if self._closed.is_set():
+            raise InvalidArgument("client: it is closed; open another one")
+        if self._connected:
+            return
+        with self._connecting:
+            if not self._connected:
+                self._wait_until_live()
+                self._connected = True
+
+    def _wait_until_live(self) -> None:
+        deadline = time.monotonic() + self._timeout.connect_s
+        while True:
+            reason = "it is not live"
+            try:
+                if self._attempt("connect", self._triton.is_server_live, deadline - time.monotonic()):
+                    return
+            except (ConnectionFailed, DeadlineExceeded) as error:
+                # The status table's advice is about requests; here the server's own words are enough.
+                cause: Any = error.__cause__
+                reason = cause.message() if cause else str(error)
+            if time.monotonic() + CONNECT_POLL_S >= deadline or self._closed.wait(CONNECT_POLL_S):
+                raise ConnectionFailed(
+                    f"{self.address}: no server answered within {self._timeout.connect_s} s: start one with "
+                    f"`covae serve`, or give another address ({reason})"
+                )
+
+
+def _triton_client(address: str, tls: Tls | None) -> Any:
+    credentials = None if tls is None else _credentials(tls)
+
+    from tritonclient.grpc import InferenceServerClient
+
+    is_local = address.rpartition(":")[0] in LOCAL_HOSTS
+    options = [*CHANNEL_OPTIONS, *(LOCAL_OPTIONS if is_local else ())]
+    return InferenceServerClient(address, creds=credentials, channel_args=options)
+
+
+def _credentials(tls: Tls) -> Any:
+    import grpc
+
+    files = (tls.root_certificates, tls.private_key, tls.certificate_chain)
+    try:
+        roots, key, chain = (None if file is None else Path(file).read_bytes() for file in files)
+    except OSError as error:
+        raise InvalidArgument(f"tls: {error.filename}: {error.strerror}; expected a file in PEM format") from error
+    return grpc.ssl_channel_credentials(roots, key, chain)
+
+
+def _checked_output(answer: Any, tensor: TensorSpec, rows: int, endpoint: Endpoint) -> NDArray[Any]:
+    expected = f"{tensor.dtype} {(rows, *tensor.shape)}"
+    found = answer.get_output(tensor.name)
+    if found is None:
+        raise ServerFault(f"{endpoint.model_name}: the answer lacks the output {tensor.name!r}, expected {expected}")
+    if found.datatype != tensor.dtype or tuple(found.shape) != (rows, *tensor.shape):
+        shape = tuple(found.shape)
+        raise ServerFault(f"{endpoint.model_name}: {tensor.name!r} is {found.datatype} {shape}, expected {expected}")
+    array: NDArray[Any] = answer.as_numpy(tensor.name)
+    return array
+
+
+def _in_flight(send: Callable[[slice], Result], parts: list[slice]) -> Iterator[Result]:
+    """Results of `send` in the order of `parts`; a failure or an interrupt drops what has not been sent."""
+    if len(parts) == 1:
+        yield send(parts[0])
+        return
+    pool = ThreadPoolExecutor(min(MAX_IN_FLIGHT, len(parts)), thread_name_prefix="covae")
+    try:
+        yield from pool.map(send, parts)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,58 @@
+"""`covae export`. Heavy imports wait until the command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from covae_export.exporting import Exported
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a trained run")],
+    repository: Annotated[Path, typer.Option(help="Triton model repository to publish in")] = Path("model_repository"),
+    name: Annotated[str | None, typer.Option(help="the model's name on the server  [the folder's name]")] = None,
+    score_samples: Annotated[int, typer.Option(min=1, max=1000, help="importance weights per call of score")] = 10,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="rows the server may put into one batch")] = 64,
+    instances: Annotated[int, typer.Option(min=1, help="server processes per operation")] = 1,
+    instance_kind: Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or gpu")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one instance")] = 1,
+) -> None:
+    """Write a run's five operations as ONNX graphs with Triton configurations, checked against torch."""
+    from rich.console import Console
+
+    from covae_client.errors import InvalidArgument
+    from covae_export.exporting import Deployment, export_run
+    from covae_export.triton_config import INSTANCE_KINDS
+    from covae_train.run import load_run
+
+    if instance_kind not in INSTANCE_KINDS:
+        raise InvalidArgument(f"--instance-kind: found {instance_kind!r}; expected one of {', '.join(INSTANCE_KINDS)}")
+    console = Console()
+    with console.status("loading") as status:
+        exported = export_run(
+            load_run(run),
+            repository,
+            name,
+            score_samples=score_samples,
+            deployment=Deployment(max_batch_size, instances, instance_kind, threads),
+            on_operation=lambda operation: status.update(f"exporting and checking {operation.value}"),
+        )
+    _print(console, exported)
+
+
+def _print(console: Console, exported: Exported) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{exported.name} version {exported.version}: largest error against torch, batches 1, 2, 3, 17")
+    for heading in ("operation", "output", "error", "allowed"):
+        table.add_column(heading, justify="left" if heading in ("operation", "output") else "right")
+    for item in exported.disagreements:
+        table.add_row(item.operation.value, item.output, f"{item.error:.2g}", f"{item.tolerance:g}")
+    console.print(table)
+    console.print(f"published in {exported.repository}; serve it with: covae serve {exported.name}")

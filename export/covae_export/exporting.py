@@ -1,0 +1,135 @@
+"""A trained run to five repository entries: converted, verified, and only then published."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from covae_client.contract import ModelSpec, Operation
+from covae_client.errors import InvalidArgument
+from covae_export.conversion import convert
+from covae_export.graphs import build_graph, per_row
+from covae_export.triton_config import build_config, to_text
+from covae_export.verification import Disagreement, refuse_unacceptable, verify
+from covae_train.errors import ExportError
+from covae_train.image_model import ImageModel
+from covae_train.run import TrainedRun
+
+MODEL_FILE = "model.onnx"
+CONFIG_FILE = "config.pbtxt"
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How Triton shall run the model; see `triton_config.build_config`."""
+
+    max_batch_size: int = 64
+    instances: int = 1
+    instance_kind: str = "auto"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was published: five entries of one version, and how far each output is from torch."""
+
+    name: str
+    version: int
+    repository: Path
+    disagreements: list[Disagreement]
+
+
+def describe(run: TrainedRun, score_samples: int) -> ModelSpec:
+    """The model's part of the wire contract, read off the model itself."""
+    with torch.no_grad():
+        density = run.model.density(torch.zeros(2, *run.model.latent_shape))
+    parameters = {name: tuple(per_row(value, 2).shape[1:]) for name, value in density.parameters.items()}
+    return ModelSpec(
+        family=run.config.family,
+        density=density.kind,
+        image_shape=run.config.image_shape,
+        latent_shape=run.model.latent_shape,
+        density_parameters=parameters,
+        rank=density.rank,
+        score_samples=score_samples,
+        run_id=run.run_id,
+        run_digest=run.digest,
+    )
+
+
+def export_run(
+    run: TrainedRun,
+    repository: Path,
+    name: str | None = None,
+    *,
+    score_samples: int = 10,
+    deployment: Deployment | None = None,
+    on_operation: Callable[[Operation], None] = lambda operation: None,
+) -> Exported:
+    """Export a run as the next version of the model `name` (by default the run's folder's name).
+
+    The five graphs are written and checked in a hidden folder of the repository, then moved into place: a failure
+    leaves the repository as it was, and a version that is there is never changed.
+
+    Raises:
+        InvalidArgument: `name` cannot name a Triton model.
+        ExportError: a graph cannot be exported or disagrees with torch.
+    """
+    name = name or run.run_id
+    if not NAME_PATTERN.fullmatch(name):
+        raise InvalidArgument(f"name: found {name!r}; expected letters, digits, '.', '_' and '-', as digits-sos")
+    deployment = deployment or Deployment()
+    spec = describe(run, score_samples)
+    repository.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=repository))
+    try:
+        disagreements = []
+        for operation in Operation:
+            on_operation(operation)
+            disagreements += _stage(run.model, name, spec, operation, deployment, staging)
+        refuse_unacceptable(disagreements)
+        version = _next_version(repository, name)
+        for operation in Operation:
+            _publish(staging / operation.value, repository / operation.model_name(name), version)
+    except OSError as error:
+        raise ExportError(f"{repository}: cannot publish {name}: {error}") from error
+    finally:
+        shutil.rmtree(staging)
+    return Exported(name, version, repository, disagreements)
+
+
+def _stage(
+    model: ImageModel, name: str, spec: ModelSpec, operation: Operation, deployment: Deployment, staging: Path
+) -> list[Disagreement]:
+    folder = staging / operation.value
+    folder.mkdir()
+    graph = build_graph(operation, model, spec.score_samples)
+    convert(graph, spec, operation, folder / MODEL_FILE)
+    config = build_config(name, spec, operation, **vars(deployment))
+    (folder / CONFIG_FILE).write_text(to_text(config))
+    return verify(model, spec, operation, folder / MODEL_FILE, deployment.threads)
+
+
+def _next_version(repository: Path, name: str) -> int:
+    """One more than the highest version of any operation, so that the five always share a number."""
+    entries = (repository / operation.model_name(name) for operation in Operation)
+    versions = [
+        int(path.name) for entry in entries if entry.is_dir() for path in entry.iterdir() if path.name.isdigit()
+    ]
+    return max(versions, default=0) + 1
+
+
+def _publish(staged: Path, entry: Path, version: int) -> None:
+    """Move a version and its configuration into place, each by one rename."""
+    entry.mkdir(exist_ok=True)
+    config = staged / CONFIG_FILE
+    config.rename(entry / f".{CONFIG_FILE}.{version}")
+    staged.rename(entry / str(version))
+    (entry / f".{CONFIG_FILE}.{version}").replace(entry / CONFIG_FILE)

@@ -1,0 +1,146 @@
+"""A model in float64 that ONNX Runtime can run: its convolutions as matrix products, softplus as exp and log.
+
+A score needs float64 throughout: with D = 1e-5, the 1e-7 that float32 convolutions lose on a mean costs whole tenths of
+a nat. ONNX Runtime's CPU provider has no float64 Conv, ConvTranspose or Softplus, but it has MatMul, Exp and Log.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from covae_train.image_model import ImageModel
+
+
+class MatMulConv(nn.Module):
+    """nn.Conv2d as one matrix product per image over its shifted copies. shape: (B, C, H, W) → (B, O, H', W')"""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int, padding: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.kernel = (weight.shape[2], weight.shape[3])
+        self.stride, self.padding = stride, padding
+        # shape: (O, kh·kw·C), kernel positions slow
+        self.register_buffer("weight", weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous())
+        self.register_buffer("bias", bias.detach()[:, None, None].clone())
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> MatMulConv:
+        """The same map as a Conv2d with equal strides and zero padding."""
+        assert conv.bias is not None
+        (vertical, horizontal) = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
+        return cls(conv.weight, conv.bias, conv.stride[0], (horizontal, horizontal, vertical, vertical))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, self.padding)
+        height, width = ((x.shape[2 + axis] - self.kernel[axis]) // self.stride + 1 for axis in (0, 1))
+        last_row, last_column = self.stride * (height - 1) + 1, self.stride * (width - 1) + 1
+        shifted = [
+            x[:, :, i : i + last_row : self.stride, j : j + last_column : self.stride]
+            for i in range(self.kernel[0])
+            for j in range(self.kernel[1])
+        ]
+        product = self.weight @ torch.cat(shifted, dim=1).flatten(2)
+        return product.reshape(-1, len(self.weight), height, width) + self.bias
+
+
+class MatMulConvTranspose(nn.Module):
+    """nn.ConvTranspose2d as zeros between the pixels followed by a convolution with the mirrored kernel."""
+
+    def __init__(self, conv: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        weight = conv.weight.transpose(0, 1).flip(2, 3)
+        assert isinstance(conv.padding, tuple)
+        before = [k - 1 - p for k, p in zip(conv.kernel_size, conv.padding, strict=True)]
+        after = [b + o for b, o in zip(before, conv.output_padding, strict=True)]
+        self.stride = conv.stride[0]
+        self.conv = MatMulConv(weight, conv.bias, 1, (before[1], after[1], before[0], after[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread: Tensor = self.conv(_zeros_between(x, self.stride))
+        return spread
+
+
+class MatMulFirstLayer(nn.Module):
+    """A stride-1 ConvTranspose2d of a single pixel, the decoder's first layer: one matrix product per image."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.shape = (conv.out_channels, *conv.kernel_size)
+        self.register_buffer("weight", conv.weight.detach().flatten(1).T.contiguous())
+        self.register_buffer("bias", conv.bias.detach()[:, None, None].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.weight @ x.flatten(2)
+        return product.reshape(-1, *self.shape) + self.bias
+
+
+def _zeros_between(x: Tensor, stride: int) -> Tensor:
+    """x with stride − 1 zeros between neighbours. shape: (…, H, W) → (…, stride·(H − 1) + 1, stride·(W − 1) + 1)"""
+    if stride == 1:
+        return x
+    height, width = x.shape[2], x.shape[3]
+    spread = nn.functional.pad(x[:, :, :, None, :, None], (0, stride - 1, 0, 0, 0, stride - 1))
+    spread = spread.reshape(-1, x.shape[1], height * stride, width * stride)
+    return spread[:, :, : stride * (height - 1) + 1, : stride * (width - 1) + 1]
+
+
+def in_float64(model: ImageModel) -> ImageModel:
+    """A float64 copy of the model, as torch computes it."""
+    return copy.deepcopy(model).double()
+
+
+class Affine(nn.Module):
+    """nn.BatchNorm2d in evaluation mode; ONNX's own keeps its epsilon in float32."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
+        self.register_buffer("scale", scale[:, None, None])
+        self.register_buffer("shift", (norm.bias.detach() - norm.running_mean * scale)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+class ExpLogSoftplus(nn.Module):
+    """nn.Softplus, log(1 + eˣ), without overflow; accurate to 1e-16 absolutely, so for float64 only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) + torch.log(1 + torch.exp(-x.abs()))
+
+
+def runnable_in_float64(model: ImageModel) -> ImageModel:
+    """A copy of the model in which every module without a float64 kernel is replaced by one that computes the same."""
+    model = copy.deepcopy(model)
+    _replace(model)
+    return model
+
+
+def _replace(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ConvTranspose2d):
+            single_pixel = child.stride == (1, 1) and child.padding == (0, 0) and child.kernel_size != (1, 1)
+            setattr(module, name, MatMulFirstLayer(child) if single_pixel else MatMulConvTranspose(child))
+        elif isinstance(child, nn.Conv2d):
+            setattr(module, name, MatMulConv.from_conv(child))
+        elif isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, Affine(child))
+        elif isinstance(child, nn.Softplus):
+            setattr(module, name, ExpLogSoftplus())
+        else:
+            _replace(child)

@@ -1,0 +1,70 @@
+"""One operation's `config.pbtxt`, written in full so that Triton completes nothing by itself."""
+
+from __future__ import annotations
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from covae_client.contract import PLATFORM_BACKEND, ModelSpec, Operation, TensorSpec
+
+MAX_QUEUE_SIZE = 256
+INSTANCE_KINDS = {
+    "auto": pb.ModelInstanceGroup.KIND_AUTO,
+    "cpu": pb.ModelInstanceGroup.KIND_CPU,
+    "gpu": pb.ModelInstanceGroup.KIND_GPU,
+}
+
+
+def build_config(
+    name: str,
+    spec: ModelSpec,
+    operation: Operation,
+    *,
+    max_batch_size: int = 64,
+    instances: int = 1,
+    instance_kind: str = "auto",
+    threads: int = 1,
+) -> pb.ModelConfig:
+    """The configuration of one operation of the model `name`.
+
+    Args:
+        instances: processes per model (per GPU with `gpu`)
+        instance_kind: `auto` (the GPU where there is one), `cpu` or `gpu`
+        threads: threads with which one instance runs its graph on the CPU
+    """
+    config = pb.ModelConfig(
+        name=operation.model_name(name),
+        backend=PLATFORM_BACKEND,
+        default_model_filename="model.onnx",
+        max_batch_size=max_batch_size,
+        input=[pb.ModelInput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in spec.inputs(operation)],
+        output=[pb.ModelOutput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in spec.outputs(operation)],
+        instance_group=[pb.ModelInstanceGroup(count=instances, kind=INSTANCE_KINDS[instance_kind])],
+        version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
+        model_warmup=[_warm_up(spec, operation)],
+    )
+    queue = config.dynamic_batching.default_queue_policy
+    queue.max_queue_size = MAX_QUEUE_SIZE
+    values = spec.to_parameters() | {"operation": operation.value, "intra_op_thread_count": str(threads)}
+    for key, value in values.items():
+        config.parameters[key].string_value = value
+    return config
+
+
+def _dtype(tensor: TensorSpec) -> int:
+    return int(pb.DataType.Value(f"TYPE_{tensor.dtype}"))
+
+
+def _warm_up(spec: ModelSpec, operation: Operation) -> pb.ModelWarmup:
+    """One row of zeros, so that the first request finds everything allocated."""
+    warm_up = pb.ModelWarmup(name="zeros", batch_size=1)
+    for tensor in spec.inputs(operation):
+        warm_up.inputs[tensor.name].CopyFrom(
+            pb.ModelWarmup.Input(data_type=_dtype(tensor), dims=tensor.shape, zero_data=True)
+        )
+    return warm_up
+
+
+def to_text(config: pb.ModelConfig) -> str:
+    """As `config.pbtxt` has it."""
+    return str(text_format.MessageToString(config))

@@ -1,0 +1,115 @@
+"""Every graph against torch, batch by batch, before it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from covae_client.contract import ModelSpec, Operation
+from covae_export.conversion import example_inputs
+from covae_export.graphs import Sample, build_reference
+from covae_train.errors import ExportError
+from covae_train.image_model import ImageModel
+
+BATCHES = (1, 2, 3, 17)
+# Largest error allowed per dtype: FP32 relative to 1 + |value|; UINT8 in grey levels (a value next to ½ may round the
+# other way); FP64 in nats.
+TOLERANCES = {"FP32": 1e-4, "UINT8": 1.0, "FP64": 0.05}
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """The largest error of one output over all batches, and what is allowed."""
+
+    operation: Operation
+    output: str
+    error: float
+    tolerance: float
+
+    @property
+    def acceptable(self) -> bool:
+        """Within the tolerance; NaN is not."""
+        return self.error <= self.tolerance
+
+
+def verify(
+    model: ImageModel, spec: ModelSpec, operation: Operation, path: Path, threads: int = 1
+) -> list[Disagreement]:
+    """Compare an ONNX file with torch for batches of 1, 2, 3 and 17.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run the graph, or a row's bytes depend on its batch.
+    """
+    session = _session(path, operation, threads)
+    inputs = verification_inputs(model, spec, operation, max(BATCHES))
+    reference = build_reference(operation, model, spec.score_samples)
+    outputs = spec.outputs(operation)
+    with torch.no_grad():
+        expected = [value.numpy() for value in reference(*inputs)]
+    errors = {tensor.name: 0.0 for tensor in outputs}
+    whole: list[NDArray[np.generic]] = []
+    for rows in sorted(BATCHES, reverse=True):
+        found = _run(session, spec, operation, inputs, rows)
+        whole = whole or found
+        for tensor, value, wanted, in_17 in zip(outputs, found, expected, whole, strict=True):
+            errors[tensor.name] = max(errors[tensor.name], _error(value, wanted[:rows]))
+            if value.tobytes() != in_17[:rows].tobytes():
+                raise ExportError(f"{operation.value}: {tensor.name} of a row differs between batches of {rows} and 17")
+    return [Disagreement(operation, t.name, errors[t.name], TOLERANCES[t.dtype]) for t in outputs]
+
+
+def _session(path: Path, operation: Operation, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common base below Exception
+        raise ExportError(f"{operation.value}: ONNX Runtime cannot run the exported graph: {error}") from error
+
+
+def verification_inputs(model: ImageModel, spec: ModelSpec, operation: Operation, rows: int) -> tuple[Tensor, ...]:
+    """Inputs as users send them: images are the model's own samples, half of each mask is fixed."""
+    inputs = dict(zip((t.name for t in spec.inputs(operation)), example_inputs(spec, operation, rows), strict=True))
+    drawn = _drawn_images(model, rows)
+    return tuple(drawn if name in ("image", "pixels") else value for name, value in inputs.items())
+
+
+@torch.no_grad()
+def _drawn_images(model: ImageModel, rows: int) -> Tensor:
+    seeds = torch.arange(rows).reshape(-1, 1)
+    images: Tensor = Sample(model)(seeds, seeds)[0]
+    return images.contiguous()
+
+
+def _run(
+    session: onnxruntime.InferenceSession, spec: ModelSpec, operation: Operation, inputs: tuple[Tensor, ...], rows: int
+) -> list[NDArray[np.generic]]:
+    names = [tensor.name for tensor in spec.inputs(operation)]
+    feed = {name: value[:rows].numpy() for name, value in zip(names, inputs, strict=True)}
+    return list(session.run([tensor.name for tensor in spec.outputs(operation)], feed))
+
+
+def _error(found: NDArray[np.generic], expected: NDArray[np.generic]) -> float:
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    if found.dtype == np.float32:
+        difference /= 1 + np.abs(expected.astype(np.float64))
+    return float(difference.max())
+
+
+def refuse_unacceptable(disagreements: Iterator[Disagreement] | list[Disagreement]) -> None:
+    """Raise if any output is too far from torch.
+
+    Raises:
+        ExportError: names each such output, its error and its tolerance.
+    """
+    bad = [d for d in disagreements if not d.acceptable]
+    if bad:
+        listed = "; ".join(f"{d.operation.value}.{d.output}: {d.error:.3g}, allowed {d.tolerance:g}" for d in bad)
+        raise ExportError(f"the ONNX graphs disagree with torch, nothing was published: {listed}")

@@ -1,0 +1,105 @@
+"""Finds Triton and lays out the backend folder that it is started with.
+
+NVIDIA's container has a `tritonserver` on PATH and an ONNX Runtime backend of its own. The wheel nvidia-pytriton has
+the same server with the Python backend only; Covae's `backends/onnxruntime/model.py` takes the other's place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from covae_train.errors import ServingError
+
+STUB = "triton_python_backend_stub"
+OWN_BACKEND = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where a Triton is: its binary, its Python backend's folder and stub, and libraries that it needs beside it."""
+
+    binary: Path
+    python_backend: Path
+    stub: Path
+    libraries: Path | None = None
+
+    @property
+    def has_onnxruntime(self) -> bool:
+        """Whether this Triton brings NVIDIA's C++ ONNX Runtime backend."""
+        return (self.python_backend.parent / "onnxruntime" / "libtriton_onnxruntime.so").is_file()
+
+    def lay_out_backends(self, folder: Path) -> Path:
+        """The backend directory to start Triton with: its own, if that serves ONNX; else one made in `folder`."""
+        if self.has_onnxruntime:
+            return self.python_backend.parent
+        python, own = folder / "backends" / "python", folder / "backends" / "onnxruntime"
+        # Copied, not linked: Triton refuses a backend library whose real path is outside the backend's folder.
+        shutil.copytree(self.python_backend, python, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy2(self.stub, python / STUB)
+        own.mkdir()
+        shutil.copy2(OWN_BACKEND, own)
+        return folder / "backends"
+
+    def environment(self) -> dict[str, str]:
+        """The environment to start Triton in."""
+        environment = dict(os.environ)
+        # The stub embeds whichever python3 comes first on PATH: it must be the one that has onnxruntime.
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        if self.libraries:
+            known = [path for path in [os.environ.get("LD_LIBRARY_PATH")] if path]
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.libraries), *known])
+        # NumPy's own thread pools do no work in a stub; each would cost threads and memory.
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            environment.setdefault(name, "1")
+        return environment
+
+
+def find_installation() -> Installation:
+    """The `tritonserver` on PATH, else the wheel's.
+
+    Raises:
+        ServingError: there is none, or it has no Python backend for this Python; the message says what to install.
+    """
+    on_path = shutil.which("tritonserver")
+    installation = _from_root(Path(on_path)) if on_path else _from_wheel()
+    if not installation.has_onnxruntime:
+        for path in (installation.python_backend / "libtriton_python.so", installation.stub):
+            if not path.is_file():
+                raise ServingError(
+                    f"{path}: no such file, so {installation.binary} cannot run models with Python "
+                    f"{sys.version_info.major}.{sys.version_info.minor}; run Covae with Python 3.11 or 3.12"
+                )
+    return installation
+
+
+def _from_root(binary: Path) -> Installation:
+    """NVIDIA's layout: ROOT/bin/tritonserver beside ROOT/backends."""
+    python_backend = binary.resolve().parent.parent / "backends" / "python"
+    return Installation(binary, python_backend, python_backend / STUB)
+
+
+def _from_wheel() -> Installation:
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise ServingError(
+            "no Triton: neither `tritonserver` on PATH nor the wheel; run `pip install nvidia-pytriton==0.7.0`"
+        )
+    package = Path(spec.submodule_search_locations[0])
+    root = package / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return Installation(
+        binary=root / "bin" / "tritonserver",
+        python_backend=root / "backends" / "python",
+        stub=root / "python_backend_stubs" / version / STUB,
+        libraries=package.parent / "nvidia_pytriton.libs",
+    )
+
+
+def has_gpu() -> bool:
+    """Whether the machine shows an NVIDIA GPU."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()

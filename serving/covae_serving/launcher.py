@@ -1,0 +1,27 @@
+"""Becomes the command given on its command line, tied to the life of the process that started it.
+
+`python -I -S launcher.py PARENT COMMAND …`: a fresh interpreter sets the tie, because code between fork and exec in a
+process with running threads can deadlock. Linux sends the signal when the *thread* that started this one ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(parent: int, command: list[str]) -> None:
+    """Ask the kernel to kill this process when its parent dies, then become the command."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        sys.exit("the process that wanted Triton died before Triton started")
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,89 @@
+"""Triton as a child process that never outlives its parent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+
+TRITON_LOG = logging.getLogger("covae.triton")
+LAUNCHER = Path(__file__).with_name("launcher.py")
+LOG_LINES = 400
+
+
+class TritonProcess:
+    """A running `tritonserver` in a session of its own, so that the terminal's Ctrl-C does not reach it.
+
+    It dies with the *thread* that creates it, even by SIGKILL (see `launcher.py`): create it in one that lives as long
+    as the server should. Its log goes to the logger "covae.triton" at level DEBUG.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._lines: deque[str] = deque(maxlen=LOG_LINES)
+        self._closed = False
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = Thread(target=self._read, name="covae-triton-log", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's id, which is also its group's."""
+        return self._child.pid
+
+    def exit_code(self) -> int | None:
+        """None while Triton runs; negative: the signal that ended it."""
+        return self._child.poll()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The end of Triton's log without its tables."""
+        return "\n".join([line for line in self._lines if line and line[0] not in "+|"][-lines:])
+
+    def terminate(self) -> None:
+        """Ask Triton to finish what it has begun and exit."""
+        self._child.terminate()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether Triton has exited within the time."""
+        try:
+            self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Kill Triton and its stubs at once; safe to call from a signal handler, and more than once."""
+        if not self._closed:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill whatever is left of the group, reap it and stop reading its log."""
+        self.kill()
+        self._child.wait()
+        self._closed = True
+        self._reader.join(timeout=5)
+        if self._child.stdout and not self._reader.is_alive():
+            self._child.stdout.close()
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            self._lines.append(line.rstrip("\n"))
+            TRITON_LOG.debug("%s", self._lines[-1])

@@ -1,0 +1,114 @@
+"""Reads a Triton model repository, and says what is wrong with it before Triton starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from covae_client.contract import PLATFORM_BACKEND, Operation
+from covae_train.errors import ServingError
+
+AGAIN = "export the model again with `covae export`"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One operation of one model, as the repository holds it."""
+
+    name: str
+    operation: Operation
+    folder: Path
+    config: ModelConfig
+
+    @property
+    def model_name(self) -> str:
+        """Triton's name of it: NAME_decode, …"""
+        return self.operation.model_name(self.name)
+
+
+def read_repository(
+    repository: Path, names: Sequence[str] = (), operations: Sequence[str] = ()
+) -> tuple[ServedModel, ...]:
+    """The models to serve: every operation of every model, or those of the given names and operations.
+
+    Args:
+        repository: the folder that `covae export` wrote.
+        names: model NAMEs; none means all.
+        operations: names of operations; none means all. A model that lacks one of them is served with the others.
+
+    Raises:
+        ServingError: a folder or file is missing or cannot be read, or a name or operation is not there. The message
+            names the file and the next step.
+    """
+    if not repository.is_dir():
+        raise ServingError(f"{repository}: no such folder; `covae export` makes one, --repository names another")
+    wanted = [_operation(text) for text in operations] or list(Operation)
+    found = _folders(repository)
+    if not found:
+        raise ServingError(f"{repository}: no models in this folder; export one with `covae export`")
+    unknown = [name for name in names if name not in {model for model, _ in found}]
+    if unknown:
+        raise ServingError(f"{repository}: no model named {unknown[0]!r}; it has {_names(found)}")
+    chosen = [(name, operation) for name, operation in found if operation in wanted and (not names or name in names)]
+    if not chosen:
+        asked = [operation.value for operation in wanted]
+        raise ServingError(f"{repository}: no model of {list(names) or _names(found)} has any operation of {asked}")
+    return tuple(read_model(repository, name, operation) for name, operation in chosen)
+
+
+def read_model(repository: Path, name: str, operation: Operation) -> ServedModel:
+    """One operation's entry in the repository, checked.
+
+    Raises:
+        ServingError: the message names the file that is missing or broken and the next step.
+    """
+    folder = repository / operation.model_name(name)
+    config = _config(folder / "config.pbtxt")
+    if config.name != folder.name:
+        raise ServingError(f"{folder}/config.pbtxt: name is {config.name!r}, the folder's is {folder.name!r}; {AGAIN}")
+    if config.backend != PLATFORM_BACKEND:
+        raise ServingError(f"{folder}/config.pbtxt: backend is {config.backend!r}, not {PLATFORM_BACKEND!r}; {AGAIN}")
+    versions = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+    if not versions:
+        raise ServingError(f"{folder}: no version folder (such as {folder}/1); {AGAIN}")
+    graph = folder / str(versions[-1]) / "model.onnx"
+    if not graph.is_file():
+        raise ServingError(f"{graph}: no such file; {AGAIN}")
+    if graph.stat().st_size == 0:
+        raise ServingError(f"{graph}: the file is empty; {AGAIN}")
+    return ServedModel(name, operation, folder, config)
+
+
+def _config(path: Path) -> ModelConfig:
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    except FileNotFoundError:
+        raise ServingError(f"{path}: no such file; {AGAIN}") from None
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise ServingError(f"{path}: cannot be read as a model configuration: {error}; {AGAIN}") from error
+
+
+def _folders(repository: Path) -> list[tuple[str, Operation]]:
+    """Every NAME and operation with a folder, sorted; folders of other Triton models are left alone."""
+    found = []
+    for path in sorted(repository.iterdir()):
+        name, _, suffix = path.name.rpartition("_")
+        if name and path.is_dir() and suffix in {operation.value for operation in Operation}:
+            found.append((name, Operation(suffix)))
+    return found
+
+
+def _operation(text: str) -> Operation:
+    try:
+        return Operation(text)
+    except ValueError:
+        known = ", ".join(operation.value for operation in Operation)
+        raise ServingError(f"operations: {text!r} is not one; choose from {known}") from None
+
+
+def _names(found: Iterable[tuple[str, Operation]]) -> str:
+    return ", ".join(dict.fromkeys(name for name, _ in found))

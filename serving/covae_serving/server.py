@@ -1,0 +1,308 @@
+"""One Triton on one model repository: started with safe defaults, asked to reload a model, stopped without a trace."""
+
+from __future__ import annotations
+
+import http.client
+import secrets
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+
+from covae_serving.endpoint import KEY_NAME, RESTRICTED, Endpoint
+from covae_serving.health import NO_ANSWER, Timing
+from covae_serving.installation import find_installation, has_gpu
+from covae_serving.ports import choose_ports, is_free
+from covae_serving.probe import probe_request
+from covae_serving.process import TritonProcess
+from covae_serving.regions import Regions, remove_stale
+from covae_serving.repository import ServedModel
+from covae_serving.stubs import STOPPED, Stub, find_stubs
+from covae_train.errors import ServingError
+
+POLL_S = 0.05
+CONNECT_S = 0.5
+BIND_ATTEMPTS = 3
+# A stub's region holds its tensors in flight. It is allocated whole at the start, and a container's /dev/shm can be as
+# small as 64 MB; a batch of factors takes 80 MB, which steps of 1 MB (Triton's default) would reach slowly.
+REGION_BYTES = 4 << 20
+REGION_GROWTH_BYTES = 16 << 20
+# Triton's own exit takes this long at most once its requests are done.
+EXIT_S = 4.0
+# A Triton that does not tell its name within this time is hung itself.
+ALIVE_S = 2.0
+
+
+class Stopped(Exception):
+    """The service was stopped before it was ready."""
+
+
+class ModelRefusedError(ServingError):
+    """Triton is well but cannot load the model: restarting Triton would not help."""
+
+
+class Server:
+    """One Triton that serves the given models.
+
+    Models are loaded by name in Triton's explicit model control, for two reasons: a service can be a part of a
+    repository, and a model whose process died can be loaded anew while the others answer. Control, like every other
+    protocol that changes the server, needs a key drawn at each start. The key stands on Triton's command line, so
+    other users of the machine can read it in the process list; over the network nobody sees it.
+
+    Create and use it in one thread, which must live as long as the server (see `TritonProcess`); only `kill` may be
+    called from elsewhere. `stopping` is asked while it waits; once it says yes, the wait ends with `Stopped`.
+
+    Raises:
+        ServingError: there is no Triton to start.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        models: Sequence[ServedModel],
+        host: str,
+        ports: tuple[int, int],
+        timing: Timing,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.ports: tuple[int, int] | None = None
+        self.stubs: dict[str, list[Stub]] = {}
+        self._repository = repository
+        self._models = {model.model_name: model for model in models}
+        self._host = "127.0.0.1" if host == "localhost" else host
+        self._asked_ports = ports
+        self._timing = timing
+        self._stopping = stopping
+        self._process: TritonProcess | None = None
+        self._endpoint: Endpoint | None = None
+        self._installation = find_installation()
+        try:
+            remove_stale()
+            self._regions = Regions()
+        except OSError as error:
+            raise ServingError(f"shared memory or the temp folder cannot be used: {error}") from error
+        try:
+            self._backends = self._installation.lay_out_backends(self._regions.folder)
+        except OSError as error:
+            self._regions.close()
+            raise ServingError(f"Triton's backends cannot be copied to the temp folder: {error}") from error
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The connection to the Triton that runs now."""
+        if self._endpoint is None:
+            raise ServingError("Triton does not run; call launch() first")
+        return self._endpoint
+
+    def launch(self) -> dict[str, str]:
+        """Start Triton and wait until every model has been tried with a real inference.
+
+        Returns:
+            The models that do not answer, each with its own error; empty when all is well.
+
+        Raises:
+            ServingError: a port is taken, or Triton does not start; the message ends with the tail of Triton's log.
+            Stopped: the service is being stopped.
+        """
+        if self.ports is not None:  # a restart keeps the addresses that clients know
+            return self._start(self.ports)
+        for _ in range(BIND_ATTEMPTS):
+            ports = choose_ports(self._host, self._asked_ports)
+            try:
+                failures = self._start(ports)
+            except ServingError:
+                if all(is_free(self._host, port) for port in ports):
+                    raise
+                continue  # another program took a chosen port before Triton could
+            self.ports = ports
+            return failures
+        raise ServingError(f"{self._host}: other programs took the chosen ports {BIND_ATTEMPTS} times; try again")
+
+    def exit_code(self) -> int | None:
+        """None while Triton runs; negative: the signal that ended it."""
+        return self._process.exit_code() if self._process else 0
+
+    def reload(self, model_name: str, hung: bool) -> None:
+        """Load a model anew while the others answer, and try it with a real inference.
+
+        Raises:
+            ModelRefusedError: the model cannot be loaded from the repository as it is now.
+            ServingError: Triton did not do it; only a new Triton will help.
+        """
+        old = self.stubs[model_name]
+        self._check_alive()
+        if hung:
+            for stub in old:
+                stub.kill()
+        try:
+            self.endpoint.unload(model_name, self._timing.reload_s)
+            self.endpoint.load(model_name, self._timing.reload_s)
+        except grpc.RpcError as error:
+            kind = ServingError if error.code() in NO_ANSWER else ModelRefusedError
+            raise kind(f"{error.code().name}: {readable(error.details())}") from error
+        for stub in old:
+            if stub.state() is None:
+                self._regions.remove(stub.region)
+        failure = self._try_models([model_name], self._timing.reload_s).get(model_name)
+        if failure:
+            raise ServingError(failure)
+        known = {stub.pid for stub in old}
+        self.stubs[model_name] = [stub for stub in self._find_stubs(model_name) if stub.pid not in known]
+
+    def stop(self) -> None:
+        """Let Triton finish the requests in flight, within `drain_s` seconds; then remove every trace of it."""
+        if self._process and self._process.exit_code() is None:
+            self._process.terminate()
+            self._drain(self._process)
+        self.discard()
+        self._regions.close()
+
+    def discard(self) -> None:
+        """Kill Triton with its stubs and remove its regions; `launch` may follow."""
+        if self._process:
+            self._process.close()
+        if self._endpoint:
+            self._endpoint.close()
+        self._regions.clear()
+        self._process = self._endpoint = None
+        self.stubs = {}
+
+    def kill(self) -> None:
+        """Kill Triton and its stubs at once; whoever waits for it goes on. Safe in a signal handler."""
+        process = self._process
+        if process:
+            process.kill()
+
+    def _drain(self, process: TritonProcess) -> None:
+        """Wait until Triton exits, or has nothing left to do.
+
+        Triton ends a model's processes once the model's requests are done. After a process has died, even if its
+        model was healed, Triton itself never exits: it waits for the dead one, requests or none.
+        """
+        done_by = time.monotonic() + self._timing.drain_s
+        while time.monotonic() < done_by:
+            if process.wait(POLL_S):
+                return
+            working = [stub for stub in find_stubs(self._regions.prefix) if stub.state() not in STOPPED]
+            if not working and not self._installation.has_onnxruntime:
+                break
+        process.wait(EXIT_S)
+
+    def _start(self, ports: tuple[int, int]) -> dict[str, str]:
+        key, identity = secrets.token_hex(16), f"covae-{secrets.token_hex(8)}"
+        # Triton listens on every interface for 0.0.0.0; this process needs one that it can connect to.
+        near = "127.0.0.1" if self._host == "0.0.0.0" else self._host
+        self._endpoint = Endpoint(f"{near}:{ports[0]}", key)
+        self._process = TritonProcess(self._command(ports, key, identity), self._installation.environment())
+        deadline = time.monotonic() + self._timing.start_s
+        try:
+            self._wait_until(lambda: self._answers_as(identity), deadline)
+            # Triton answers over gRPC for a moment even when it is about to exit because the metrics port was taken.
+            self._wait_until(lambda: has_metrics(f"http://{near}:{ports[1]}/metrics"), deadline)
+            failures = self._failures(deadline)
+        except BaseException:
+            self.discard()
+            raise
+        self.stubs = {name: self._find_stubs(name) for name in self._models}
+        return failures
+
+    def _command(self, ports: tuple[int, int], key: str, identity: str) -> list[str]:
+        settings = {
+            "shm-region-prefix-name": self._regions.prefix,
+            "shm-default-byte-size": REGION_BYTES,
+            "shm-growth-byte-size": REGION_GROWTH_BYTES,
+        }
+        return [
+            str(self._installation.binary),
+            f"--id={identity}",
+            f"--model-repository={self._repository.resolve()}",
+            f"--backend-directory={self._backends}",
+            "--model-control-mode=explicit",
+            *(f"--load-model={name}" for name in self._models),
+            # Covae's configs are complete; completing them would start every model's process twice.
+            "--disable-auto-complete-config",
+            # A broken model is reported by name; after a fault the healthy ones are served meanwhile.
+            "--exit-on-error=false",
+            "--strict-readiness=true",
+            f"--exit-timeout-secs={max(1, round(self._timing.drain_s))}",
+            "--allow-http=false",
+            f"--grpc-address={self._host}",
+            f"--grpc-port={ports[0]}",
+            f"--grpc-restricted-protocol={','.join(RESTRICTED)}:{KEY_NAME}={key}",
+            f"--metrics-address={self._host}",
+            f"--metrics-port={ports[1]}",
+            f"--allow-gpu-metrics={str(has_gpu()).lower()}",
+            *(f"--backend-config=python,{name}={value}" for name, value in settings.items()),
+        ]
+
+    def _answers_as(self, identity: str) -> bool:
+        """Whether the server at the gRPC address is the one started with this id, not another program's."""
+        with suppress(grpc.RpcError):
+            return self.endpoint.identity(CONNECT_S) == identity
+        return False
+
+    def _wait_until(self, condition: Callable[[], bool], deadline: float) -> None:
+        while not condition():
+            code = self.exit_code()
+            if code is not None:
+                raise ServingError(f"Triton exited with code {code} before it was ready. {self._log_tail()}")
+            self._check_patience(deadline)
+            time.sleep(POLL_S)
+
+    def _failures(self, deadline: float) -> dict[str, str]:
+        """Every model that does not answer a real inference, with its own error."""
+        try:
+            unavailable = self.endpoint.unavailable()
+        except grpc.RpcError as error:
+            raise ServingError(f"Triton does not list its models: {error.details()}. {self._log_tail()}") from error
+        failures = {name: readable(reason) for name, reason in unavailable.items() if name in self._models}
+        rest = [name for name in self._models if name not in failures]
+        return failures | self._try_models(rest, deadline - time.monotonic())
+
+    def _try_models(self, names: Sequence[str], timeout_s: float) -> dict[str, str]:
+        """Send each model one real inference; those that fail, with their errors."""
+        deadline = time.monotonic() + timeout_s
+        answers = {name: self.endpoint.infer(probe_request(self._models[name].config), timeout_s) for name in names}
+        while not all(answer.done() for answer in answers.values()):
+            self._check_patience(deadline + EXIT_S)
+            time.sleep(POLL_S)
+        errors = {name: answer.exception() for name, answer in answers.items()}
+        return {name: f"{error.code().name}: {readable(error.details())}" for name, error in errors.items() if error}
+
+    def _check_patience(self, deadline: float) -> None:
+        if self._stopping():
+            raise Stopped
+        if time.monotonic() > deadline:
+            raise ServingError(f"Triton was not ready within {self._timing.start_s:.0f} s. {self._log_tail()}")
+
+    def _check_alive(self) -> None:
+        try:
+            self.endpoint.identity(ALIVE_S)
+        except grpc.RpcError as error:
+            raise ServingError(f"Triton itself does not answer: {error.code().name}") from error
+
+    def _log_tail(self) -> str:
+        tail = self._process.log_tail() if self._process else ""
+        return f"Its log ends:\n{tail}"
+
+    def _find_stubs(self, model_name: str) -> list[Stub]:
+        return find_stubs(self._regions.prefix, model_name)
+
+
+def has_metrics(url: str) -> bool:
+    """Whether a Triton serves its metrics there."""
+    # A proxy for the outside world is no way to this machine's own server.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=CONNECT_S) as page:
+            return b"nv_inference" in page.read()
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def readable(reason: str) -> str:
+    """Triton's error without the class names it puts before it and the traceback it appends."""
+    return reason.removeprefix("Internal: ").removeprefix("TritonModelException: ").partition("\n\nAt:")[0].strip()

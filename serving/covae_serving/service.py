@@ -1,0 +1,310 @@
+"""Serves a model repository: starts Triton, watches every model with real inferences, heals what dies."""
+
+from __future__ import annotations
+
+import atexit
+import ipaddress
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+from typing import Self
+
+from covae_serving.health import Fault, Timing, Watch
+from covae_serving.repository import ServedModel, read_repository
+from covae_serving.server import ModelRefusedError, Server, Stopped
+from covae_train.errors import ServingError
+
+LOG = logging.getLogger("covae.serve")
+TICK_S = 0.1
+RETRY_FIRST_S = 2.0
+RETRY_LAST_S = 60.0
+
+
+class Service:
+    """A model repository on NVIDIA Triton, watched and healed until it is stopped.
+
+        with Service(Path("model_repository"), names=["digits-sos"], grpc_port=0) as service:
+            print(service.grpc_address)
+
+    Safe by default: gRPC and metrics listen on this machine only, HTTP is off, and whatever changes the server needs a
+    key that only the service has. A model whose process dies or hangs is loaded anew while the others answer; if that
+    does not help, or Triton itself dies, Triton is started again on the same ports. Each fault and each healing is one
+    line of the logger "covae.serve"; Triton's own log is "covae.triton", at level DEBUG.
+
+    Args:
+        repository: the folder that `covae export` wrote.
+        names: model NAMEs to serve; none means all.
+        operations: operations to serve; none means all.
+        grpc_port, metrics_port: 0 picks free ones.
+        host: the address to listen on. gRPC asks nobody who they are: think before you leave 127.0.0.1.
+        timing: the supervisor's patience.
+
+    Raises:
+        ServingError: the repository is missing or broken; the message names the file and the next step.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        names: Sequence[str] = (),
+        operations: Sequence[str] = (),
+        *,
+        grpc_port: int = 8001,
+        metrics_port: int = 8002,
+        host: str = "127.0.0.1",
+        timing: Timing | None = None,
+    ) -> None:
+        self.models: tuple[ServedModel, ...] = read_repository(repository, names, operations)
+        self._repository = repository
+        self._host = host
+        self._ports = (grpc_port, metrics_port)
+        self._timing = timing or Timing()
+        self._server: Server | None = None
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+        self._ready = Event()
+        self._ended = Event()
+        # No Event: a signal handler sets it, and an Event's lock could be held by the very code it interrupts.
+        self.stop_requested = False
+
+    def start(self) -> Self:
+        """Start Triton; returns once every model has answered a real inference, or when `request_stop` was called.
+
+        Raises:
+            ServingError: Triton does not start, or a model does not answer: the model's own error, or the tail of
+                Triton's log. Nothing is left running.
+        """
+        if self._thread is not None:
+            raise ServingError("this service was started before; make a new one")
+        if not is_loopback(self._host):
+            LOG.warning("gRPC on %s asks nobody who they are: everybody who reaches it can use the models", self._host)
+        atexit.register(self.stop)
+        # Triton dies with the thread that starts it, so one thread does everything for the service's whole life.
+        self._thread = Thread(target=self._run, name="covae-serve", daemon=True)
+        self._thread.start()
+        try:
+            while not (self._ready.wait(TICK_S) or self._ended.is_set()):
+                pass
+            if self._error is not None:
+                raise self._error
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model has answered since the start, and no stop was requested."""
+        return self._ready.is_set() and not self.stop_requested
+
+    @property
+    def grpc_address(self) -> str:
+        """HOST:PORT for clients."""
+        return f"{self._host}:{self._chosen_ports()[0]}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus finds the metrics."""
+        return f"http://{self._host}:{self._chosen_ports()[1]}/metrics"
+
+    def request_stop(self) -> None:
+        """Begin to stop and return at once; safe in a signal handler."""
+        self.stop_requested = True
+
+    def wait(self) -> None:
+        """Wait until somebody requests the stop.
+
+        Raises:
+            BaseException: what ended the service by itself; that is a defect in Covae, and Triton is stopped.
+        """
+        while not (self.stop_requested or self._ended.is_set()):
+            time.sleep(TICK_S)
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Finish the requests in flight, within the timing's `drain_s`, then end Triton and remove every trace of it.
+
+        Does nothing the second time.
+        """
+        atexit.unregister(self.stop)
+        self.request_stop()
+        if self._thread is not None:
+            while not self._ended.wait(TICK_S):
+                pass
+            self._thread.join()
+
+    def kill(self) -> None:
+        """End Triton and the requests in flight at once; safe in a signal handler. `stop` then removes what is left."""
+        self.request_stop()
+        if self._server is not None:
+            self._server.kill()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _chosen_ports(self) -> tuple[int, int]:
+        if self._server is None or self._server.ports is None:
+            raise ServingError("the service has no address before it is started")
+        return self._server.ports
+
+    def _stopping(self) -> bool:
+        return self.stop_requested
+
+    def _run(self) -> None:
+        try:
+            self._server = Server(self._repository, self.models, self._host, self._ports, self._timing, self._stopping)
+            try:
+                failures = self._server.launch()
+                if failures:
+                    self._server.discard()
+                    raise ServingError("\n".join(f"{name} does not answer: {why}" for name, why in failures.items()))
+                self._ready.set()
+                Supervisor(self.models, self._server, self._timing, self._stopping).run()
+            finally:
+                self._server.stop()
+        except Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+            if self._ready.is_set():
+                LOG.exception("the service ends by itself")
+        finally:
+            self._ended.set()
+
+
+class Supervisor:
+    """Watches the models of one server and heals them until `stopping` says yes."""
+
+    def __init__(
+        self, models: Sequence[ServedModel], server: Server, timing: Timing, stopping: Callable[[], bool]
+    ) -> None:
+        self._models = {model.model_name: model for model in models}
+        self._server = server
+        self._timing = timing
+        self._stopping = stopping
+        self._watches: dict[str, Watch] = {}
+        self._broken: dict[str, Retry] = {}
+
+    def run(self) -> None:
+        """Watch and heal."""
+        self._watch_all()
+        while True:
+            time.sleep(TICK_S)
+            if self._stopping():  # `kill` says so before it kills
+                break
+            self._look()
+        self._forget_all()
+
+    def _look(self) -> None:
+        code = self._server.exit_code()
+        if code is not None:
+            self._restart(f"Triton died ({describe_exit(code)})")
+        for name in self._models:
+            now = time.monotonic()
+            watch, retry = self._watches.get(name), self._broken.get(name)
+            fault = watch.check(now) if watch else Fault("time to try it again") if retry and now >= retry.at else None
+            if fault:
+                self._heal(name, fault)
+
+    def _forget_all(self) -> None:
+        for watch in self._watches.values():
+            watch.close()
+        self._watches = {}
+
+    def _watch_all(self) -> None:
+        names = [name for name in self._models if name not in self._broken]
+        # Spread over the interval, so that the probes do not meet on the same cores.
+        step = self._timing.probe_every_s / max(1, len(names))
+        self._watches = {name: self._watch(name, index * step) for index, name in enumerate(names)}
+
+    def _watch(self, name: str, delay_s: float) -> Watch:
+        server = self._server
+        due = time.monotonic() + delay_s
+        return Watch(self._models[name], server.endpoint, server.stubs[name], self._timing, due)
+
+    def _heal(self, name: str, fault: Fault) -> None:
+        began = time.monotonic()
+        LOG.error("%s: %s; loading it anew", name, fault.reason)
+        watch = self._watches.pop(name, None)
+        if watch:
+            watch.close()
+        try:
+            self._server.reload(name, fault.hung)
+        except ModelRefusedError as error:
+            self._give_up_for_now(name, str(error))
+        except ServingError as error:
+            if name in self._broken and self._watches:
+                # A new Triton did not help it before; the models that do answer must not pay for another.
+                self._give_up_for_now(name, str(error))
+            else:
+                self._restart(f"{name}: {error}")
+        else:
+            self._broken.pop(name, None)
+            self._watches[name] = self._watch(name, self._timing.probe_every_s)
+            LOG.warning("%s: answers again after %.1f s", name, time.monotonic() - began)
+
+    def _restart(self, reason: str) -> None:
+        began = time.monotonic()
+        LOG.error("%s; starting Triton again", reason)
+        self._forget_all()
+        retry = Retry()
+        while not self._launch_again():
+            retry = retry.next()
+            LOG.error("next try in %.0f s", retry.delay_s)
+            while time.monotonic() < retry.at:
+                if self._stopping():
+                    raise Stopped
+                time.sleep(TICK_S)
+        LOG.warning("Triton answers again after %.1f s", time.monotonic() - began)
+
+    def _launch_again(self) -> bool:
+        self._server.discard()
+        try:
+            failures = self._server.launch()
+        except ServingError as error:
+            LOG.error("Triton does not start: %s", error)
+            return False
+        self._broken = {name: retry for name, retry in self._broken.items() if name in failures}
+        for name, why in failures.items():
+            self._give_up_for_now(name, why)
+        self._watch_all()
+        return True
+
+    def _give_up_for_now(self, name: str, why: str) -> None:
+        retry = self._broken.get(name, Retry()).next()
+        self._broken[name] = retry
+        LOG.error("%s: does not answer: %s; next try in %.0f s, the others are served", name, why, retry.delay_s)
+
+
+class Retry:
+    """When to try again: after 2, 4, 8, … 60 s."""
+
+    def __init__(self, delay_s: float = RETRY_FIRST_S / 2) -> None:
+        self.delay_s = delay_s
+        self.at = time.monotonic() + delay_s
+
+    def next(self) -> Retry:
+        """The try after this one, counted from now."""
+        return Retry(min(RETRY_LAST_S, 2 * self.delay_s))
+
+
+def describe_exit(code: int) -> str:
+    """A process's exit code in words."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,173 @@
+"""The `covae` command in a process of its own, against the fake server."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from covae_client import Client
+from covae_client.images import load_edit
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "covae_client.cli", *map(str, arguments)]
+
+
+@pytest.fixture
+def covae(address, tmp_path):
+    """Runs `covae ARGUMENTS` in tmp_path against the fake server."""
+    environment = {**os.environ, "COVAE_SERVER": address, "COLUMNS": "120", "NO_COLOR": "1"}
+
+    def run(*arguments, **extra):
+        return subprocess.run(
+            command(*arguments), capture_output=True, text=True, cwd=tmp_path, env={**environment, **extra}, timeout=60
+        )
+
+    return run
+
+
+def pixels(file):
+    return np.asarray(Image.open(file))
+
+
+def test_sample_writes_numbered_files_that_equal_the_librarys_images(covae, model, tmp_path):
+    result = covae("sample", "toy", "-n", 10, "--seed", 7, "--start", 3, "--out", "drawn")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "10 images: drawn\n"
+    files = sorted((tmp_path / "drawn").iterdir())
+    assert [file.name for file in files] == [f"{index:04d}.png" for index in range(3, 13)]
+    np.testing.assert_array_equal([pixels(file) for file in files], model.sample(10, seed=7, start=3))
+
+
+def test_sample_writes_one_grid_on_request(covae, model, tmp_path):
+    assert covae("sample", "toy", "-n", 5, "--grid", "grid.png").stdout == "5 images: grid.png\n"
+    grid = pixels(tmp_path / "grid.png")
+    assert grid.shape == (2 * 8 + 2, 3 * 7 + 2, 3)
+    np.testing.assert_array_equal(grid[10:16, 9:14], model.sample(5)[4])
+    assert not (tmp_path / "samples").exists()
+
+
+def test_edit_fixes_the_opaque_pixels_of_the_sample_that_seed_and_index_name(covae, model, tmp_path):
+    colours = np.zeros((6, 5, 4), np.uint8)
+    colours[1:3, 1:3] = (250, 10, 20, 255)
+    Image.fromarray(colours).save(tmp_path / "edit.png")
+    result = covae("edit", "toy", "edit.png", "--seed", 4, "--index", 2, "--samples", 3, "--out", "edited")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "edited"
+    assert sorted(file.name for file in folder.iterdir()) == ["mean.png", *(f"sample-{k}.png" for k in range(3))]
+    assert (pixels(folder / "mean.png")[1:3, 1:3] == (250, 10, 20)).all()
+    mask, fixed = load_edit(tmp_path / "edit.png", (6, 5, 3))
+    expected = model.condition(model.latents(3, seed=4, start=2), mask, fixed, seed=4, start=2).sample
+    np.testing.assert_array_equal([pixels(folder / f"sample-{k}.png") for k in range(3)], expected)
+    # Off the edit, the first sample keeps the noise of the image that is edited.
+    original = model.sample(1, seed=4, start=2)[0]
+    np.testing.assert_array_equal(pixels(folder / "sample-0.png")[~mask], original[~mask])
+
+
+def test_edit_takes_the_latent_of_an_image_from_the_encoder(covae, triton, tmp_path):
+    Image.new("RGBA", (5, 6), (1, 2, 3, 255)).save(tmp_path / "edit.png")
+    Image.new("RGB", (50, 60), (30, 30, 30)).save(tmp_path / "photo.png")
+    assert covae("edit", "toy", "edit.png", "--image", "photo.png").returncode == 0
+    latents = [inputs["latent"] for operation, inputs in triton.requests if operation.value == "condition"]
+    np.testing.assert_array_equal(latents, np.full((1, 2, 4), 30))
+
+
+def test_score_reports_refused_files_and_scores_the_others(covae, model, tmp_path):
+    folder = tmp_path / "pictures [red]"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, size=(3, 6, 5, 3), dtype=np.uint8)
+    for name, image in zip(("a.png", "c.png", "d.png"), images, strict=True):
+        Image.fromarray(image).save(folder / name)
+    (folder / "b.png").write_text("no image")
+    result = covae("score", "toy", folder, "gone.png", "--num-samples", 20, "--csv", "s.csv", "--json", "s.json")
+    assert result.returncode == 1
+    assert "b.png: this is no PNG, JPEG or WebP" in result.stderr
+    assert "error: gone.png: cannot be read" in result.stderr
+    assert "pictures [red]/a.png" in result.stdout.replace("\n", "")
+
+    rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
+    assert [os.path.basename(row["file"]) for row in rows] == ["a.png", "b.png", "c.png", "d.png", "gone.png"]
+    assert [bool(row["error"]) for row in rows] == [False, True, False, False, True]
+    expected = model.score(images, num_samples=20, indices=[0, 2, 3])
+    found = [float(row["log_likelihood_bound"]) for row in rows if not row["error"]]
+    np.testing.assert_array_equal(found, expected.log_likelihood_bound)
+    document = json.loads((tmp_path / "s.json").read_text())
+    assert (document["model"], document["num_samples"], document["seed"]) == ("toy", 20, 0)
+    assert [row["bits_per_dim"] for row in document["images"] if not row["error"]] == list(expected.bits_per_dim)
+    assert document["images"][1]["elbo"] is None
+
+
+def test_score_exits_with_0_if_all_is_well_and_its_json_has_no_nan(covae, tmp_path):
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    result = covae("score", "toy", "a.png", "--num-samples", 1, "--json", "s.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads((tmp_path / "s.json").read_text())["images"][0]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sample", "toys"), "error: toys: "),
+        (("sample", "toy", "-n", "0"), "error: --number: found 0"),
+        (("sample", "toy", "--seed", "-1"), "error: seed: found -1"),
+        (("sample", "toy", "--grid", "grid.jpg"), "error: --grid: found 'grid.jpg'"),
+        (("sample", "toy", "--out", "/dev/null/x"), "error: /dev/null/x/0000.png: cannot be written"),
+        (("edit", "toy", "gone.png"), "error: gone.png: cannot be read"),
+        (("sample", "toy", "--server", "localhost:1", "--timeout", "-1"), "error: request_s: found -1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, words, covae):
+    result = covae(*arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith(words)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(covae):
+    result = covae("sample", "toys", COVAE_DEBUG="1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "covae_client.errors.NotFound" in result.stderr
+
+
+def test_an_interrupt_ends_a_long_call_at_once_with_130(triton, address, tmp_path):
+    triton.delay_s = 20
+    arguments = command("sample", "toy", "-n", 100, "--server", address)
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not triton.running:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert error == "error: interrupted\n"
+
+
+def test_version_and_help(covae):
+    assert covae("--version").stdout == "covae-client 0.1.0\n"
+    result = covae("--help")
+    assert result.returncode == 0
+    for name in ("sample", "edit", "score"):
+        assert f" {name} " in result.stdout
+
+
+def test_a_command_of_the_covae_package_says_what_is_missing(tmp_path):
+    # Hides the entry points, as in an environment with covae-client alone (which test_matrix.py builds for real).
+    code = "import covae_client.cli as cli; cli._entry_points = dict; cli.main()"
+    arguments = [sys.executable, "-c", code, "train", "sos-vae", "--data", "digits"]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr == "error: train needs the covae package (pip install covae)\n"
+
+
+def test_the_server_may_come_from_the_environment_or_the_option(address, covae):
+    result = covae("sample", "toy", "-n", 1, "--server", address, COVAE_SERVER="localhost:1")
+    assert result.returncode == 0
+    with Client(address) as client:
+        assert client.model("toy").name == "toy"

@@ -1,0 +1,217 @@
+"""Image files: what is refused and how, and how what is accepted becomes an array."""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from covae_client import images
+from covae_client.errors import ImageFileError, InvalidArgument
+
+
+def encoded(image, kind, **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def picture():
+    """A smooth picture, so that JPEG changes it little. 40 wide, 30 high."""
+    y, x = np.mgrid[0:30, 0:40]
+    return Image.fromarray(np.stack([6 * x, 8 * y, 255 - 6 * x], axis=-1).astype(np.uint8))
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds no pixels."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("JPEG", ".JPEG"), ("WEBP", ".webp")])
+def test_the_three_formats_open_from_a_file_and_from_bytes(kind, suffix, picture, tmp_path):
+    file = tmp_path / f"picture{suffix}"
+    file.write_bytes(encoded(picture, kind))
+    for opened in (images.open_image(file), images.open_image(file.read_bytes(), "upload")):
+        difference = np.asarray(opened.convert("RGB")).astype(int) - np.asarray(picture)
+        assert opened.size == (40, 30)
+        assert np.abs(difference).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("text.png", b"only text", "no PNG, JPEG or WebP"),
+        ("empty.png", b"", "empty"),
+        ("animation.gif", encoded(Image.new("L", (4, 4)), "GIF"), "no PNG, JPEG or WebP"),
+        ("gif.png", encoded(Image.new("L", (4, 4)), "GIF"), "no PNG, JPEG or WebP"),
+        ("renamed.png", encoded(Image.new("L", (4, 4)), "JPEG"), "the content is JPEG, the extension says PNG"),
+        ("bomb.png", png_header(60_000, 60_000), "pixels"),
+        ("bomb-between.png", png_header(10_000, 10_000), "pixels"),
+        ("bomb-small.png", png_header(9_000, 9_000), "9000 × 9000 pixels"),
+        ("headless.png", png_header(10, 10), "truncated or corrupt"),
+        ("zero.png", png_header(0, 0), "damaged"),
+    ],
+)
+def test_a_bad_file_is_refused_by_its_name(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageFileError, match=words) as refusal:
+        images.open_image(tmp_path / name)
+    assert str(refusal.value).startswith(str(tmp_path / name))
+    with pytest.raises(ImageFileError, match=words) as refusal:
+        images.open_image(content, name)
+    assert str(refusal.value).startswith(f"{name}: ")
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
+    for path in (tmp_path / "missing.png", tmp_path):
+        with pytest.raises(ImageFileError, match="cannot be read") as refusal:
+            images.open_image(path)
+        assert str(refusal.value).startswith(str(path))
+
+
+def test_a_file_over_the_size_limit_is_refused(monkeypatch, picture, tmp_path):
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 100)
+    (tmp_path / "a.png").write_bytes(encoded(picture, "PNG"))
+    for source in (tmp_path / "a.png", encoded(picture, "PNG")):
+        with pytest.raises(ImageFileError, match="larger than 100 bytes"):
+            images.open_image(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_file_cut_anywhere_is_refused(kind, picture):
+    content = encoded(picture, kind)
+    # PNG's last chunk (12 bytes) and JPEG's end mark carry no pixels; Pillow shows such files whole.
+    for length in range(1, len(content) - 24, max(1, len(content) // 60)):
+        with pytest.raises(ImageFileError):
+            images.open_image(content[:length], "cut")
+
+
+# Pillow warns of damaged EXIF tags that it skips.
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_damaged_bytes_give_an_image_or_a_refusal_and_nothing_else(kind, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(picture, kind, exif=exif)
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in random.integers(0, len(content), size=3):
+            damaged[place] = random.integers(256)
+        with contextlib.suppress(ImageFileError):
+            assert images.fit_image(images.open_image(bytes(damaged)), (8, 8, 3)).shape == (8, 8, 3)
+
+
+def test_exif_orientation_turns_the_image_upright(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = images.open_image(encoded(picture, "PNG", exif=exif))
+    assert turned.size == (30, 40)
+    np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(picture), -1))
+
+
+def test_fit_changes_nothing_at_the_right_size(picture):
+    np.testing.assert_array_equal(images.fit_image(picture, (30, 40, 3)), np.asarray(picture))
+
+
+def test_fit_scales_the_shorter_side_and_cuts_the_middle():
+    wide = np.zeros((20, 60), dtype=np.uint8)
+    wide[:, 20:40] = 255
+    fitted = images.fit_image(Image.fromarray(wide), (10, 10, 1))
+    assert fitted.shape == (10, 10, 1)
+    # Lanczos rings by a few levels at the two edges that the cut touches.
+    assert fitted[:, 2:-2].min() >= 250
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fit_takes_every_mode(mode, channels):
+    source = Image.new(mode, (9, 7), 40000 if mode == "I;16" else None)
+    fitted = images.fit_image(source, (4, 5, channels))
+    assert fitted.shape == (4, 5, channels)
+    assert fitted.dtype == np.uint8
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped():
+    deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    opened = images.open_image(encoded(Image.fromarray(deep), "PNG"))
+    np.testing.assert_array_equal(images.fit_image(opened, (16, 16, 1)).ravel(), np.arange(256))
+
+
+def test_transparency_turns_white():
+    fitted = images.fit_image(Image.new("RGBA", (4, 4), (200, 0, 0, 0)), (4, 4, 3))
+    assert (fitted == 255).all()
+
+
+def test_fit_refuses_other_channel_counts(picture):
+    with pytest.raises(InvalidArgument, match="2 channels, expected 1"):
+        images.fit_image(picture, (4, 4, 2))
+
+
+def edit_of(alpha):
+    colours = np.full((4, 5, 4), 200, dtype=np.uint8)
+    colours[..., :3] = np.arange(60).reshape(4, 5, 3)
+    colours[..., 3] = alpha
+    return Image.fromarray(colours)
+
+
+def test_an_edit_fixes_its_opaque_pixels(tmp_path):
+    alpha = np.zeros((4, 5), dtype=np.uint8)
+    alpha[0, 0], alpha[1, 1], alpha[2, 2] = 127, 128, 255
+    edit_of(alpha).save(tmp_path / "edit.png")
+    mask, pixels = images.load_edit(tmp_path / "edit.png", (4, 5, 3))
+    np.testing.assert_array_equal(mask, alpha >= 128)
+    np.testing.assert_array_equal(pixels[mask], np.arange(60, dtype=np.uint8).reshape(4, 5, 3)[mask])
+    assert images.load_edit(tmp_path / "edit.png", (4, 5, 1))[1].shape == (4, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (edit_of(255).resize((6, 4)), "is 6 × 4 pixels .* the model's are 5 × 4"),
+        (edit_of(255).convert("RGB"), "no transparency"),
+        (edit_of(100), "no opaque pixel"),
+    ],
+)
+def test_an_edit_that_cannot_be_meant_is_refused(image, words):
+    with pytest.raises(ImageFileError, match=words) as refusal:
+        images.load_edit(encoded(image, "PNG"), (4, 5, 3), "my-edit.png")
+    assert str(refusal.value).startswith("my-edit.png: ")
+
+
+def test_find_images_searches_folders_sorted_and_once(tmp_path):
+    for name in ("b.png", "a.JPG", "deep/er/c.webp", "notes.txt", ".hidden.png", "deep/d.jpeg"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    found = images.find_images([tmp_path / "missing.txt", tmp_path, tmp_path / "b.png"])
+    names = [path.relative_to(tmp_path).as_posix() for path in found]
+    assert names == ["missing.txt", "a.JPG", "b.png", "deep/d.jpeg", "deep/er/c.webp"]
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(ImageFileError, match="holds no file"):
+        images.find_images([tmp_path])
+
+
+def test_bytes_survive_the_way_to_the_unit_interval_and_back():
+    every = np.arange(256, dtype=np.uint8)
+    assert images.to_unit(every).dtype == np.float32
+    np.testing.assert_array_equal(images.to_uint8(images.to_unit(every)), every)
+    np.testing.assert_array_equal(images.to_uint8(np.array([-1.0, 2.0])), [0, 255])
+
+
+def test_the_layouts_are_each_others_inverse():
+    batch = np.arange(2 * 4 * 5 * 3).reshape(2, 4, 5, 3)
+    assert images.channels_first(batch).shape == (2, 3, 4, 5)
+    np.testing.assert_array_equal(images.channels_last(images.channels_first(batch)), batch)
+    np.testing.assert_array_equal(images.channels_first(batch[0]), images.channels_first(batch)[0])

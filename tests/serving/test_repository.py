@@ -1,0 +1,99 @@
+"""A broken repository is reported before Triton starts: the file, and what to do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from covae_client.contract import Operation
+from covae_serving.repository import read_repository
+from covae_train.errors import ServingError
+
+
+@pytest.fixture
+def repository(toy_repository: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(toy_repository, tmp_path / "repository"))
+
+
+def served(repository: Path, *names: str, operations: tuple[str, ...] = ()) -> list[str]:
+    return [model.model_name for model in read_repository(repository, names, operations)]
+
+
+def test_no_names_mean_every_operation_of_every_model(repository, write_toy):
+    write_toy(repository, "second", [Operation.DECODE])
+
+    assert served(repository) == ["second_decode", "toy_decode", "toy_sample", "toy_score"]
+
+
+def test_names_and_operations_choose_a_part(repository, write_toy):
+    write_toy(repository, "second", [Operation.DECODE])
+
+    assert served(repository, "toy") == ["toy_decode", "toy_sample", "toy_score"]
+    assert served(repository, operations=("decode",)) == ["second_decode", "toy_decode"]
+    assert served(repository, "second", "toy", operations=("sample", "decode")) == [
+        "second_decode",
+        "toy_decode",
+        "toy_sample",
+    ]
+
+
+def test_a_broken_model_that_is_not_served_does_no_harm(repository, write_toy):
+    (repository / "toy_decode" / "config.pbtxt").unlink()
+
+    assert served(repository, operations=("sample",)) == ["toy_sample"]
+
+
+def test_folders_of_other_triton_models_are_left_alone(repository):
+    (repository / "ensemble").mkdir()
+    (repository / "notes.txt").write_text("")
+
+    assert served(repository) == ["toy_decode", "toy_sample", "toy_score"]
+
+
+@pytest.mark.parametrize(
+    ("names", "operations", "message"),
+    [
+        (["mnist"], [], "no model named 'mnist'; it has toy"),
+        ([], ["paint"], "'paint' is not one; choose from decode, encode, sample, condition, score"),
+        (["toy"], ["encode"], r"no model of \['toy'\] has any operation of \['encode'\]"),
+    ],
+)
+def test_an_unknown_name_or_operation_is_answered_with_the_known_ones(repository, names, operations, message):
+    with pytest.raises(ServingError, match=message):
+        read_repository(repository, names, operations)
+
+
+def test_a_missing_or_empty_repository_says_how_to_make_one(tmp_path):
+    with pytest.raises(ServingError, match="absent: no such folder; `covae export` makes one"):
+        read_repository(tmp_path / "absent")
+    with pytest.raises(ServingError, match="no models in this folder; export one"):
+        read_repository(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "config.pbtxt").unlink(), r"toy_decode/config\.pbtxt: no such file; export"),
+        (lambda folder: (folder / "config.pbtxt").write_text("name: ["), r"config\.pbtxt: cannot be read as a model"),
+        (lambda folder: (folder / "config.pbtxt").write_bytes(b"\xff"), r"config\.pbtxt: cannot be read as a model"),
+        (lambda folder: (folder / "config.pbtxt").write_text('name: "other"'), r"config\.pbtxt: name is 'other'"),
+        (lambda folder: shutil.rmtree(folder / "1"), r"toy_decode: no version folder .*toy_decode/1\); export"),
+        (lambda folder: (folder / "1" / "model.onnx").unlink(), r"toy_decode/1/model\.onnx: no such file; export"),
+        (lambda folder: (folder / "1" / "model.onnx").write_bytes(b""), r"model\.onnx: the file is empty; export"),
+    ],
+)
+def test_a_broken_model_names_its_file_and_the_next_step(repository, break_it, message):
+    break_it(repository / "toy_decode")
+
+    with pytest.raises(ServingError, match=message):
+        read_repository(repository)
+
+
+def test_another_backend_is_refused(tmp_path, write_toy):
+    write_toy(tmp_path, change=lambda config: setattr(config, "backend", "python"))
+
+    with pytest.raises(ServingError, match="backend is 'python', not 'onnxruntime'"):
+        read_repository(tmp_path)

@@ -1,0 +1,124 @@
+"""SOS-VAE's residual encoder and decoder, for any image size from 8×8 to 256×256 and any widths.
+
+Every layer treats the rows of a batch independently at inference: the encoder's last maps are 1×1 convolutions, not
+matrix products whose rounding may depend on the batch, so an exported model gives a row the same bytes in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """conv3×3–BN–ReLU–conv3×3–BN plus a skip, then ReLU; `stride` 2 halves the size (rounding up).
+
+    shape: (B, in_width, H, W) → (B, out_width, ⌈H/stride⌉, ⌈W/stride⌉)
+    """
+
+    def __init__(self, in_width: int, out_width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(in_width, out_width, 3, stride, 1),
+            nn.BatchNorm2d(out_width),
+            nn.ReLU(),
+            nn.Conv2d(out_width, out_width, 3, 1, 1),
+            nn.BatchNorm2d(out_width),
+        )
+        same_shape = in_width == out_width and stride == 1
+        self.skip = nn.Identity() if same_shape else nn.Conv2d(in_width, out_width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.path(x) + self.skip(x))
+
+
+class UpsamplingBlock(nn.Module):
+    """The residual block with a transposed first convolution: doubles each size, less one where `odd` says so.
+
+    shape: (B, in_width, h, w) → (B, out_width, H, W) with h = ⌈H/2⌉, w = ⌈W/2⌉
+    """
+
+    def __init__(self, in_width: int, out_width: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        padding = (1 - size[0] % 2, 1 - size[1] % 2)
+        self.path = nn.Sequential(
+            nn.ConvTranspose2d(in_width, out_width, 3, 2, 1, output_padding=padding),
+            nn.BatchNorm2d(out_width),
+            nn.ReLU(),
+            nn.Conv2d(out_width, out_width, 3, 1, 1),
+            nn.BatchNorm2d(out_width),
+        )
+        self.skip = nn.ConvTranspose2d(in_width, out_width, 1, 2, output_padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.path(x) + self.skip(x))
+
+
+def _pointwise(in_width: int, out_width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_width, out_width, 1), nn.BatchNorm2d(out_width), nn.ReLU())
+
+
+def level_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
+    """Feature-map sizes from the image down: halved, rounding up, once per level."""
+    sizes = [(height, width)]
+    for _ in range(levels):
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    return sizes
+
+
+class Encoder(nn.Module):
+    """Images to the posterior's mean and scale. SOS-VAE's: global max pooling, variance = softplus + 1e-5.
+
+    shape: (B, C, H, W) in [0, 1] → two of (B, L)
+    """
+
+    MIN_VARIANCE = 1e-5
+
+    def __init__(self, channels: int, widths: Sequence[int], latent_size: int) -> None:
+        super().__init__()
+        first, last = widths[0], widths[-1]
+        blocks: list[nn.Module] = [ResidualBlock(first, first), ResidualBlock(first, first)]
+        for narrow, wide in pairwise(widths):
+            blocks += [ResidualBlock(narrow, wide, stride=2), ResidualBlock(wide, wide)]
+        self.features = nn.Sequential(
+            nn.Sequential(nn.Conv2d(channels, first, 3, 1, 1), nn.BatchNorm2d(first), nn.ReLU()),
+            *blocks,
+            _pointwise(last, last),
+        )
+        self.mean = nn.Conv2d(last, latent_size, 1)
+        self.variance = nn.Conv2d(last, latent_size, 1)
+        self.softplus = nn.Softplus()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.features(images).amax(dim=(2, 3), keepdim=True)
+        variance = self.softplus(self.variance(pooled)) + self.MIN_VARIANCE
+        return self.mean(pooled).flatten(1), variance.sqrt().flatten(1)
+
+
+class Decoder(nn.Module):
+    """Latents to feature maps at the image's size; the density's head turns these into parameters.
+
+    shape: (B, L) → (B, widths[0], H, W)
+    """
+
+    def __init__(self, latent_size: int, widths: Sequence[int], height: int, width: int) -> None:
+        super().__init__()
+        sizes = level_sizes(height, width, len(widths) - 1)
+        first, last = widths[0], widths[-1]
+        blocks: list[nn.Module] = [ResidualBlock(last, last)]
+        for (wide, narrow), size in zip(pairwise(reversed(widths)), reversed(sizes[:-1]), strict=True):
+            blocks += [UpsamplingBlock(wide, narrow, size), ResidualBlock(narrow, narrow)]
+        self.features = nn.Sequential(
+            nn.ConvTranspose2d(latent_size, latent_size, sizes[-1]),
+            _pointwise(latent_size, last),
+            *blocks,
+            ResidualBlock(first, first),
+            _pointwise(first, first),
+        )
+
+    def forward(self, latent: Tensor) -> Tensor:
+        features: Tensor = self.features(latent[:, :, None, None])
+        return features

@@ -1,0 +1,121 @@
+"""A run: the folder of one training, with its configuration, checkpoint and records.
+
+config.json              the frozen configuration
+checkpoint.safetensors   model, optimisers, multipliers, random state; step, phase and times in its header
+metrics.csv              one row each few steps
+tensorboard/             the same for TensorBoard
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from covae_train.config import RunConfig
+from covae_train.errors import CheckpointError
+from covae_train.families import FAMILIES, build_model
+from covae_train.image_model import ImageModel
+
+CONFIG_FILE = "config.json"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+METRICS_FILE = "metrics.csv"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that the rest of a run depends on. Tensors are named `model.*`, `adam.*`, `multipliers.*`, `random`."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name begins with `prefix.`, without it."""
+        start = f"{prefix}."
+        return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write atomically: a crash leaves the checkpoint before."""
+    path = folder / CHECKPOINT_FILE
+    draft = path.with_suffix(".draft")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    save_file(tensors, draft, metadata={"state": json.dumps(checkpoint.state)})
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a run's checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / CHECKPOINT_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no checkpoint here; expected the folder of a `covae train` run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return Checkpoint(tensors, json.loads(file.metadata()["state"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: the checkpoint is damaged ({error}); train again in another folder") from error
+
+
+def load_config(folder: Path) -> RunConfig:
+    """Read a run's configuration.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of a family that this version does not have.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no configuration here; expected the folder of a `covae train` run")
+    try:
+        values = json.loads(path.read_text())
+        return FAMILIES[values["family"]].config(**values)
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise CheckpointError(f"{path}: the configuration is damaged ({error})") from error
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run as evaluation and export see it: `model` is in evaluation mode; `digest` is the checkpoint's SHA-256."""
+
+    folder: Path
+    config: RunConfig
+    model: ImageModel
+    state: dict[str, Any]
+    digest: str
+
+    @property
+    def run_id(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+
+def load_run(folder: Path) -> TrainedRun:
+    """Read a run to evaluate or export it.
+
+    Raises:
+        CheckpointError: something is missing or damaged, or the model has not finished its mean-only phase.
+    """
+    config, checkpoint = load_config(folder), load_checkpoint(folder)
+    if checkpoint.state["phase"] == "mean":
+        raise CheckpointError(f"{folder}: this run is still in its mean-only phase; resume it with `covae train` first")
+    model = build_model(config)
+    try:
+        model.load_state_dict(checkpoint.part("model"))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the checkpoint does not fit {CONFIG_FILE}: {error}") from error
+    digest = hashlib.sha256((folder / CHECKPOINT_FILE).read_bytes()).hexdigest()
+    return TrainedRun(folder, config, model.eval(), checkpoint.state, digest)
