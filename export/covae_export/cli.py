@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from covae_train.threads import use_threads
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,6 +26,7 @@ def export(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one instance")] = 1,
 ) -> None:
     """Write a run's five operations as ONNX graphs with Triton configurations, checked against torch."""
+    use_threads(1)
     from rich.console import Console
 
     from covae_client.errors import InvalidArgument

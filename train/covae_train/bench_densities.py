@@ -95,9 +95,17 @@ class Problem:
     masks: Mapping[str, Tensor]
 
 
-def run(batch: int = 16, repeats: int = 30, output: Path | None = None) -> Report:
-    """Benchmark images of 3×64×64 at rank 25, print the tables, and write the report to output as JSON if given."""
-    return bench_densities(batch, (3, 64, 64), 25, repeats, output)
+def run(batch: int = 16, repeats: int = 30, output: Path | None = None, threads: int = 1) -> Report:
+    """Benchmark images of 3×64×64 at rank 25, print the tables, and write the report to output as JSON if given.
+
+    threads: torch's. One by default: on cores that others use too, more would time the threads' waiting for each other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return bench_densities(batch, (3, 64, 64), 25, repeats, output)
+    finally:
+        torch.set_num_threads(before)
 
 
 def bench_densities(
@@ -265,7 +273,7 @@ def show(report: Report) -> None:
     console.print(
         f"{settings['batch']} images of {'×'.join(map(str, settings['image_shape']))} "
         f"(S = {prod(settings['image_shape'])}), rank {settings['rank']}, D = {VARIANCE}, float32\n"
-        f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
+        f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} torch thread(s), "
         f"load {machine['load_before']:.2f} before and {machine['load_after']:.2f} after"
     )
     timings = Table("operation", "median ms", "n", title="Times")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from covae_client.errors import InvalidArgument
+from covae_train.threads import use_threads
 
 if TYPE_CHECKING:
     from covae_train.config import RunConfig
@@ -57,9 +58,11 @@ def train(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE, any other field of the configuration")
     ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads  [1 up to 32x32, then all]")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
 ) -> None:
     """Train a model on images; an interrupted run resumes where it stopped."""
+    use_threads(1)
     from covae_train.data import load_images
     from covae_train.training import Trainer
 
@@ -79,11 +82,12 @@ def train(
         "kappa": kappa,
         "flips": images.flips if flips is None else flips,
         "seed": seed,
+        "threads": threads,
     }
     given = {name: value for name, value in named.items() if value is not None}
     config = _make_config(family, images, given | _parse_options(option or []))
     trainer = Trainer(config, images, run or Path("runs") / f"{Path(data).stem}-{family}", _device(device))
-    _fit_with_progress(trainer)
+    fit_with_progress(trainer)
 
 
 def _make_config(family: str, images: ImageData, given: dict[str, Any]) -> RunConfig:
@@ -92,7 +96,8 @@ def _make_config(family: str, images: ImageData, given: dict[str, Any]) -> RunCo
     return make_config(family=family, data=images.name, image_shape=images.image_shape, **given)
 
 
-def _fit_with_progress(trainer: Trainer) -> None:
+def fit_with_progress(trainer: Trainer) -> None:
+    """Train to the end behind a progress bar that shows the bound, its terms and the multipliers."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -165,12 +170,14 @@ def evaluate(
     images: Annotated[int, typer.Option(min=2, help="how many held-out images to score")] = 1000,
     samples: Annotated[int, typer.Option(min=1, help="importance samples per image")] = 100,
     output: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
 ) -> None:
     """Print a run's figures on held-out images: coherence of samples, log-likelihood bound, time per epoch."""
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
+    use_threads(threads)
     from covae_train import evaluation
     from covae_train.data import load_images
     from covae_train.run import load_run

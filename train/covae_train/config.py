@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from math import log
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +28,8 @@ SIZE_DEFAULTS: tuple[tuple[int, dict[str, Any]], ...] = (
     (
         256,
         {"widths": (64, 128, 256, 512), "latent_size": 128, "rank": 25, "target_kl": 45.0}
-        | {"batch_size": 25, "mean_learning_rate": 1e-4},
+        | {"batch_size": 25, "mean_learning_rate": 1e-4, "learning_rate": 1e-4}
+        | {"threads": os.cpu_count() or 1},
     ),
 )
 # The spread that the default entropy target grants a pixel; it gives the paper's own 7.6 nats a component at its size.
@@ -49,13 +51,14 @@ class RunConfig(BaseModel):
     epochs: PositiveInt = 20
     mean_epochs: int = Field(default=5, ge=0)
     batch_size: int = Field(ge=2)
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: PositiveFloat
     mean_learning_rate: PositiveFloat
     multiplier_lr: PositiveFloat = 25.0
     damping: float = Field(default=250.0, ge=0)
     flips: bool = False
     seed: int = Field(default=0, ge=0)
     checkpoint_steps: PositiveInt = 500
+    threads: PositiveInt = 1
 
     @model_validator(mode="after")
     def _check_epochs(self) -> Self:

@@ -1,12 +1,10 @@
 """The training loop: two phases, constraints by multipliers, checkpoints that resume bit for bit.
 
-Phase `mean` trains the mean alone, every pixel with the same constant variance; phase `all` trains everything, at the
-paper's learning rate of 1e-4. The first phase may take larger steps; the second must not: once the factor explains most
-of a residual, little in the loss holds the mean in place, and large steps let it wander off. At the
-switch Adam keeps what it knows: the moments of all parameters trained so far stay, because their gradients go on in the
-same directions and a reset would send every weight of a converged trunk a full step (±learning rate) away. The spread's
-parameters have had no gradient, so they have no moments, and Adam's bias correction, which torch counts per parameter,
-starts for them at the switch.
+Phase `mean` trains the mean alone, every pixel with the same constant variance; phase `all` trains everything. Each has
+its learning rate. At the switch Adam keeps what it knows: the moments of all parameters trained so far stay, because
+their gradients go on in the same directions and a reset would send every weight of a converged trunk a full step
+(± learning rate) away. The spread's parameters have had no gradient, so they have no moments, and Adam's bias
+correction, which torch counts per parameter, starts for them at the switch.
 """
 
 from __future__ import annotations
@@ -39,6 +37,7 @@ from covae_train.run import (
     load_config,
     save_checkpoint,
 )
+from covae_train.threads import use_threads
 
 RECORD_EVERY_STEPS = 10
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -86,6 +85,7 @@ class Trainer:
             raise DataError(f"{data.name}: found {len(data.train)} training image; expected at least 2")
         self.config, self.data, self.folder = config, data, folder
         self.device = torch.device(device)
+        use_threads(config.threads)
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.multipliers = Multipliers(find_family(config.family).targets(config), config.damping).to(self.device)

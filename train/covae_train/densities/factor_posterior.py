@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from math import ceil
 from typing import cast
@@ -39,13 +40,25 @@ def gram(factor: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None)
     """
     total = torch.zeros((), dtype=torch.float64, device=factor.device).expand(1, factor.shape[1], factor.shape[1])
     count = max(ceil(factor.shape[-1] / BLOCK_COLUMNS), 1)
-    blocks = factor.chunk(count, dim=-1)
-    block_scales = [None] * len(blocks) if scale is None else scale.chunk(count, dim=-1)
-    for columns, block_scale in zip(blocks, block_scales, strict=True):
-        block = columns if dtype is None else columns.to(dtype)
-        scaled = block if block_scale is None else block * block_scale[:, None].to(block.dtype)
-        total = total + scaled @ scaled.mT
+    blocks: Iterator[Tensor] = (block.to(dtype or factor.dtype) for block in factor.chunk(count, dim=-1))
+    if scale is not None:
+        blocks = _scaled(blocks, scale.to(dtype or factor.dtype).chunk(count, dim=-1))
+    for block in blocks:
+        total = total + block @ block.mT
     return total
+
+
+def _scaled(blocks: Iterator[Tensor], scales: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Each block times its scale; without gradients in the same memory, so use a block before asking for the next."""
+    buffer: Tensor | None = None
+    for block, scale in zip(blocks, scales, strict=True):
+        recorded = torch.is_grad_enabled() and (block.requires_grad or scale.requires_grad)
+        if recorded or exporting():
+            yield block * scale[:, None]
+            continue
+        if buffer is None:
+            buffer = block.new_empty(max(len(block), len(scale)), *block.shape[1:])
+        yield torch.mul(block, scale[:, None], out=buffer[..., : block.shape[-1]])
 
 
 class FactorPosterior:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import expm1, log
 
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from covae_train.config import RunConfig
@@ -14,6 +15,8 @@ from covae_train.networks import Decoder, Encoder
 
 class BetaVaeConfig(RunConfig):
     """`variance` is the smallest variance of a pixel; the learned part is added to it."""
+
+    learning_rate: PositiveFloat = 1e-3
 
 
 class DiagonalHead(DensityHead):

@@ -15,8 +15,13 @@ from covae_train.networks import Decoder, Encoder
 
 
 class SosVaeConfig(RunConfig):
-    """`rank` is R; `kappa` the entropy target's nats per component above the floor (None: see `default_kappa`)."""
+    """SOS-VAE's own options.
 
+    rank: R. kappa: the entropy target's nats per component above the floor (None: `default_kappa`). learning_rate: the
+    paper's; with larger steps the mean wanders off once the factor explains most of a residual.
+    """
+
+    learning_rate: PositiveFloat = 1e-4
     rank: PositiveInt
     kappa: PositiveFloat | None = None
 

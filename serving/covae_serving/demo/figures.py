@@ -1,0 +1,129 @@
+"""The demo page's pictures, as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from covae_client.contract import Operation
+from covae_serving.demo.tour import Images, Tour
+
+GAP = 1
+BACKGROUND = 255
+COLOURS = ("#0b6e99", "#d9730d")
+SET_COLOURS = ("#0b6e99", "#d9730d", "#8a8f98")
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "white",
+}
+
+
+def tile(images: Images, columns: int) -> bytes:
+    """Images (N, H, W, C) in rows of `columns`, one pixel apart, at their own size: the page enlarges them."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), BACKGROUND, np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = row * (height + GAP), column * (width + GAP)
+        sheet[top : top + height, left : left + width] = image
+    return encode_png(sheet)
+
+
+def encode_png(image: Images) -> bytes:
+    """One image (H, W, C) as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def outlined(image: Images, mask: NDArray[np.bool_]) -> Images:
+    """The image in colour, its masked pixels tinted: where the hand was."""
+    coloured = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image.copy()
+    tint = np.array([217, 115, 13])
+    coloured[mask] = (0.45 * coloured[mask] + 0.55 * tint).astype(np.uint8)
+    return coloured
+
+
+def maps(tours: Sequence[Tour]) -> bytes:
+    """Each model's marginal standard deviation, and the covariance of all pixels with one."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4 * len(tours), 2.3), layout="constrained")
+        axes = figure.subplots(1, 2 * len(tours))
+        for tour, (left, right) in zip(tours, axes.reshape(-1, 2), strict=True):
+            shown = left.imshow(tour.deviation, cmap="magma", vmin=0)
+            left.set_title(f"{tour.name}\nstandard deviation")
+            figure.colorbar(shown, ax=left, shrink=0.7)
+            limit = float(np.abs(tour.covariance).max())
+            shown = right.imshow(tour.covariance, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            right.plot(tour.pixel[1], tour.pixel[0], "k+", markersize=9)
+            right.set_title("covariance\nwith the pixel +")
+            figure.colorbar(shown, ax=right, shrink=0.7, format="%.0e")
+            for axis in (left, right):
+                axis.set_axis_off()
+        return _png(figure)
+
+
+def score_histograms(tours: Sequence[Tour]) -> bytes:
+    """Bits per dimension of three sets of images under each model; logarithmic, as the sets lie far apart."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4 * len(tours), 2.8), layout="constrained")
+        for tour, axis in zip(tours, np.atleast_1d(figure.subplots(1, len(tours))), strict=True):
+            values = {name: scores.bits_per_dim for name, scores in tour.scores.items()}
+            edges = _edges(values)
+            for (name, bits), colour in zip(values.items(), SET_COLOURS, strict=True):
+                axis.hist(bits, bins=edges, color=colour, alpha=0.75, label=name)
+            axis.set_xscale("log" if edges[0] > 0 else "symlog")
+            axis.set_title(tour.name)
+            axis.set_xlabel("bits per dimension (less is likelier)")
+            axis.set_ylabel("images")
+            axis.legend(frameon=False)
+        return _png(figure)
+
+
+def _edges(values: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    together = np.concatenate(list(values.values()))
+    low, high = float(together.min()), float(together.max())
+    return np.geomspace(low, high, 40) if low > 0 else np.linspace(low, high, 60)
+
+
+def latency_boxes(tours: Sequence[Tour]) -> bytes:
+    """Latencies of single-row requests per operation: quartiles, and whiskers at the 5th and 95th percentiles."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.8, 2.8), layout="constrained")
+        axis = figure.subplots()
+        operations = list(Operation)
+        for index, (tour, colour) in enumerate(zip(tours, COLOURS, strict=False)):
+            offset = (index - (len(tours) - 1) / 2) * 0.3
+            boxes = axis.boxplot(
+                [1000 * tour.latencies_s[operation] for operation in operations],
+                positions=np.arange(len(operations)) + offset,
+                widths=0.24,
+                whis=(5, 95),
+                showfliers=False,
+                patch_artist=True,
+                medianprops={"color": "black"},
+                boxprops={"facecolor": colour, "alpha": 0.75},
+            )
+            boxes["boxes"][0].set_label(tour.name)
+        axis.set_xticks(range(len(operations)), [operation.value for operation in operations])
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel("milliseconds")
+        axis.legend(frameon=False)
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()

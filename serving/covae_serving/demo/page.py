@@ -1,0 +1,208 @@
+"""`demo/index.html`: one self-contained page of pictures."""
+
+from __future__ import annotations
+
+import base64
+import os
+import platform
+from collections.abc import Sequence
+from datetime import date
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from covae_client.contract import Operation
+from covae_client.images import channels_last
+from covae_serving.demo import figures
+from covae_serving.demo.tour import SCORE_SAMPLES, SWEEP, Edit, Images, Tour
+from covae_train.data import ImageData
+
+STYLE = """
+:root { color-scheme: light; --ink: #1f2328; --soft: #5b626b; --line: #e4e6e9; --accent: #0b6e99; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1040px; padding: 32px 24px 64px; color: var(--ink); background: #fff;
+  font: 16px/1.55 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; }
+h2 { font-size: 20px; margin: 44px 0 4px; padding-top: 16px; border-top: 1px solid var(--line); }
+p { margin: 4px 0 14px; max-width: 74ch; color: var(--soft); }
+figure { margin: 0; }
+figcaption { font-size: 13px; color: var(--soft); margin-top: 6px; }
+.row { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; }
+img { display: block; max-width: 100%; height: auto; }
+img.pixels { image-rendering: pixelated; }
+table { border-collapse: collapse; font-size: 14px; margin-top: 12px; }
+th, td { padding: 5px 18px 5px 0; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; }
+"""
+
+
+def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour]) -> None:
+    """Write the page for the tours of one data set; the first is the model that has structure, the others baselines."""
+    main = tours[0]
+    sections = [
+        _samples(images, tours),
+        _one_latent(tours),
+        _interpolation(main),
+        _sweep(main),
+        _edit(main),
+        _maps(tours),
+        _scores(tours),
+        _latencies(tours),
+    ]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    text = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Covae on {escape(data)}</title><style>{STYLE}</style></head><body>
+<h1>Covae on {escape(data)}</h1>
+<p>{escape(_families(tours))} trained on {len(images.train):,} images, exported to ONNX and served by NVIDIA Triton.
+Everything below came through the gRPC client, on {machine}, {date.today().isoformat()}.</p>
+{"".join(sections)}
+</body></html>
+"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _families(tours: Sequence[Tour]) -> str:
+    return " and ".join(tour.family for tour in tours)
+
+
+def _samples(images: ImageData, tours: Sequence[Tour]) -> str:
+    training: Images = channels_last(images.train[: len(tours[0].samples)].numpy())
+    parts = [_tiles(training, 6, "training images", 300)]
+    parts += [_tiles(tour.samples, 6, f"samples of {tour.name}", 300) for tour in tours]
+    return _section(
+        "Samples",
+        "Each sample is drawn from the prior and then from the density that its latent decodes to. Where pixels are "
+        "independent, a sample carries their noise; where they vary together, it is a coherent image.",
+        _row(parts),
+    )
+
+
+def _one_latent(tours: Sequence[Tour]) -> str:
+    parts = []
+    for tour in tours:
+        parts.append(_tiles(tour.mean[None], 1, f"{tour.name}: the mean", 100))
+        parts.append(_tiles(tour.draws, 8, "eight samples of the same density", 830))
+    return _section(
+        "One latent, one decoder pass, many images",
+        "A decoder pass yields a whole distribution over images. The client draws from it without asking again.",
+        _row(parts),
+    )
+
+
+def _interpolation(tour: Tour) -> str:
+    if tour.interpolation is None:
+        return ""
+    rows, columns = tour.interpolation.shape[:2]
+    flat = tour.interpolation.reshape(rows * columns, *tour.interpolation.shape[2:])
+    return _section(
+        "Between four samples",
+        "The corners are four samples of one density; between them their noise moves along great circles (SOS-VAE, "
+        "equation 4). The latent stays the same.",
+        _row([_tiles(flat, columns, tour.name, 420)]),
+    )
+
+
+def _sweep(tour: Tour) -> str:
+    if tour.sweep is None:
+        return ""
+    count, steps = tour.sweep.shape[:2]
+    flat = tour.sweep.reshape(count * steps, *tour.sweep.shape[2:])
+    return _section(
+        "The largest components",
+        f"Each row scales one principal component of the factor from {SWEEP[0]:g} to {SWEEP[-1]:g} standard deviations "
+        "(equation 5); the mean is in the middle.",
+        _row([_tiles(flat, steps, f"{tour.name}: components 1 to {count}", 640)]),
+    )
+
+
+def _edit(tour: Tour) -> str:
+    edit = tour.edit
+    parts = [
+        _tiles(edit.before[None], 1, "1  the image: the density's mean", 170),
+        _tiles(figures.outlined(edit.pixels, edit.mask)[None], 1, "2  four pixels changed by hand (tinted)", 170),
+        _tiles(edit.mean[None], 1, "3  the conditional mean: the rest follows", 170),
+        _tiles(edit.samples, 2, "two conditional samples", 345),
+        _tiles(_change(edit), 1, "what followed: conditional mean minus image", 170),
+    ]
+    return _section(
+        "Edit a few pixels, the rest follows",
+        "Pixels fixed by hand condition the density (equation 6); the server answers with the conditional mean and "
+        "with samples that agree with them exactly.",
+        _row(parts),
+    )
+
+
+def _change(edit: Edit) -> Images:
+    """The change around mid-grey, stretched to the full range. shape: (1, H, W, C)"""
+    change = edit.mean.astype(np.float64) - edit.before
+    largest = max(float(np.abs(change).max()), 1.0)
+    stretched: Images = np.rint(127.5 + 127.5 * change / largest).astype(np.uint8)
+    return stretched[None]
+
+
+def _maps(tours: Sequence[Tour]) -> str:
+    return _section(
+        "What varies, and what varies together",
+        "Left of each pair: the standard deviation of every pixel. Right: the covariance of every pixel with the one "
+        "marked; where pixels are independent, only that pixel has any.",
+        _picture(figures.maps(tours), "maps of standard deviation and covariance"),
+    )
+
+
+def _scores(tours: Sequence[Tour]) -> str:
+    return _section(
+        "How likely is an image?",
+        f"Importance-weighted bounds with {SCORE_SAMPLES} samples for held-out images, the same images rotated, and "
+        "noise. Bits per dimension of the density at the 8-bit values, without dequantisation: figures of the two "
+        "models compare only as far as their densities do. SOS-VAE fixes the variance off its factor at 10⁻⁵, so "
+        "whatever its factor does not span costs it much.",
+        _picture(figures.score_histograms(tours), "histograms of bits per dimension"),
+    )
+
+
+def _latencies(tours: Sequence[Tour]) -> str:
+    heads = "".join(f"<th>{escape(tour.name)}: median</th><th>95 %</th>" for tour in tours)
+    rows = []
+    for operation in Operation:
+        cells = "".join(
+            f"<td>{1000 * np.median(tour.latencies_s[operation]):.1f} ms</td>"
+            f"<td>{1000 * np.quantile(tour.latencies_s[operation], 0.95):.1f} ms</td>"
+            for tour in tours
+        )
+        rows.append(f"<tr><td>{operation.value}</td>{cells}</tr>")
+    count = len(next(iter(tours[0].latencies_s.values())))
+    return _section(
+        "Latency",
+        f"Single-row requests, one after another, over gRPC on the same machine; n = {count} each. Boxes are "
+        "quartiles, whiskers the 5th and 95th percentiles.",
+        _picture(figures.latency_boxes(tours), "latencies per operation")
+        + f"<table><tr><th>operation</th>{heads}</tr>{''.join(rows)}</table>",
+    )
+
+
+def _section(heading: str, text: str, content: str) -> str:
+    return f"<h2>{escape(heading)}</h2><p>{escape(text)}</p>{content}"
+
+
+def _row(parts: Sequence[str]) -> str:
+    return f'<div class="row">{"".join(parts)}</div>'
+
+
+def _tiles(images: Images, columns: int, caption: str, width: int) -> str:
+    source = _data_url(figures.tile(images, columns))
+    return (
+        f'<figure><img class="pixels" width="{width}" alt="{escape(caption)}" src="{source}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _picture(png: bytes, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" width="960" src="{_data_url(png)}">'
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

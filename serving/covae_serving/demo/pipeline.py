@@ -1,0 +1,153 @@
+"""Train, export, serve, and use: what `covae demo` does, in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from covae_client import Client, Model
+from covae_client.contract import ModelSpec, Operation
+from covae_client.errors import CovaeError
+from covae_client.images import channels_last
+from covae_export.exporting import export_run
+from covae_serving.demo.page import write_page
+from covae_serving.demo.tour import Tour, take_tour
+from covae_serving.repository import read_model
+from covae_serving.service import Service
+from covae_train.cli import fit_with_progress
+from covae_train.data import ImageData, load_images
+from covae_train.evaluation import lag1_autocorrelation
+from covae_train.families import make_config
+from covae_train.run import TrainedRun, load_run
+from covae_train.training import Trainer
+
+FAMILIES = ("sos-vae", "beta-vae")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a demo trains: all epochs, and those of them that train the mean alone."""
+
+    epochs: int
+    mean_epochs: int
+
+
+# Two to three minutes for the digits on two cores; a large data set makes more steps in fewer epochs.
+SCHEDULES = {"digits": Schedule(60, 40)}
+OTHER_SCHEDULE = Schedule(6, 4)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a demo reads and writes."""
+
+    runs: Path = Path("runs")
+    repository: Path = Path("model_repository")
+    page: Path = Path("demo/index.html")
+
+
+def run_demo(data: str, places: Places, console: Console) -> Path:
+    """Do the main job on one data set; returns the page.
+
+    Raises:
+        CovaeError: of whichever step fails; what was done before stays and is reused.
+    """
+    started = time.perf_counter()
+    console.rule("1  data")
+    images = load_images(data)
+    name = Path(data).stem
+    console.print(f"{name}: {len(images.train):,} images to train on, {len(images.held_out):,} held out")
+    runs = [_train(family, name, images, places, console) for family in FAMILIES]
+    for run in runs:
+        _export(run, places.repository, console)
+    console.rule("4  serve and use")
+    tours = _use(runs, images, places.repository, console)
+    write_page(places.page, name, images, tours)
+    console.print(_summary(runs, tours))
+    console.print(f"{time.perf_counter() - started:.0f} s in all. Look at {places.page}, then try:")
+    console.print(f"    covae serve {' '.join(run.run_id for run in runs)}\n    covae sample {runs[0].run_id} -n 16")
+    return places.page
+
+
+def _train(family: str, name: str, images: ImageData, places: Places, console: Console) -> TrainedRun:
+    console.rule(f"2  train {family}")
+    schedule = SCHEDULES.get(name, OTHER_SCHEDULE)
+    config = make_config(
+        family=family,
+        data=images.name,
+        image_shape=images.image_shape,
+        flips=images.flips,
+        epochs=schedule.epochs,
+        mean_epochs=schedule.mean_epochs,
+    )
+    folder = places.runs / f"{name}-{family}"
+    fit_with_progress(Trainer(config, images, folder))
+    return load_run(folder)
+
+
+def _export(run: TrainedRun, repository: Path, console: Console) -> None:
+    console.rule(f"3  export {run.run_id}")
+    if _published_digest(repository, run.run_id) == run.digest:
+        console.print(f"{run.run_id}: already in {repository}")
+        return
+    with console.status("exporting") as status:
+        exported = export_run(
+            run, repository, on_operation=lambda operation: status.update(f"exporting and checking {operation.value}")
+        )
+    worst = max(exported.disagreements, key=lambda item: item.error / item.tolerance)
+    console.print(
+        f"{exported.name} version {exported.version}: five graphs agree with torch; the largest error, of "
+        f"{worst.operation.value}.{worst.output}, is {worst.error:.2g} (allowed: {worst.tolerance:g})"
+    )
+
+
+def _published_digest(repository: Path, name: str) -> str | None:
+    """The checkpoint that all five operations of a model were exported from; None if they are not all there."""
+    try:
+        served = [read_model(repository, name, operation) for operation in Operation]
+        parameters = [{key: v.string_value for key, v in model.config.parameters.items()} for model in served]
+        digests = {ModelSpec.from_parameters(values).run_digest for values in parameters}
+    except CovaeError:
+        return None
+    return digests.pop() if len(digests) == 1 else None
+
+
+def _use(runs: Sequence[TrainedRun], images: ImageData, repository: Path, console: Console) -> list[Tour]:
+    names = [run.run_id for run in runs]
+    held_out: NDArray[np.uint8] = channels_last(images.held_out.numpy())
+    with Service(repository, names, grpc_port=0, metrics_port=0) as service:
+        console.print(f"Triton is ready: {len(service.models)} models at {service.grpc_address}")
+        with Client(service.grpc_address) as client, console.status("") as status:
+            return [_tour(client.model(name), held_out, status.update) for name in names]
+
+
+def _tour(model: Model, held_out: NDArray[np.uint8], say: object) -> Tour:
+    assert callable(say)
+    return take_tour(model, held_out, lambda what: say(f"{model.name}: {what}"))
+
+
+def _summary(runs: Sequence[TrainedRun], tours: Sequence[Tour]) -> Table:
+    table = Table(title="what came out")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.run_id, justify="right")
+    scores = [tour.scores["held out"] for tour in tours]
+    rows: list[tuple[str, list[str]]] = [
+        ("seconds per epoch of training", [f"{run.state['seconds'] / run.config.epochs:.2f}" for run in runs]),
+        ("lag-1 autocorrelation of sample - mean", [f"{lag1_autocorrelation(run):.2f}" for run in runs]),
+        ("log-likelihood bound, nats per held-out image", [f"{s.log_likelihood_bound.mean():,.0f}" for s in scores]),
+        ("ELBO, nats per held-out image", [f"{s.elbo.mean():,.0f}" for s in scores]),
+    ]
+    for operation in Operation:
+        latencies = [f"{1000 * np.median(tour.latencies_s[operation]):.1f}" for tour in tours]
+        rows.append((f"{operation.value}, median ms of a single-row request", latencies))
+    for heading, cells in rows:
+        table.add_row(heading, *cells)
+    return table

@@ -1,0 +1,156 @@
+"""Everything that the demo asks of one served model, through the public client alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covae_client import Model, Scores
+from covae_client.contract import Operation
+from covae_client.densities import Density, slerp
+from covae_client.images import to_uint8
+
+SAMPLES = 24
+GRID = 6
+SWEEP = np.linspace(-3, 3, 9)
+SWEPT_COMPONENTS = 4
+SCORED = 100
+SCORE_SAMPLES = 20
+LATENCY_REQUESTS = 60
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit in three steps: the image, the pixels changed by hand, and what follows."""
+
+    before: Images
+    pixels: Images
+    mask: NDArray[np.bool_]
+    mean: Images
+    samples: Images
+
+
+@dataclass(frozen=True)
+class Tour:
+    """What one model showed. Images are uint8 (…, H, W, C); maps float (H, W); latencies seconds per request."""
+
+    name: str
+    family: str
+    samples: Images
+    mean: Images
+    draws: Images
+    interpolation: Images | None
+    sweep: Images | None
+    edit: Edit
+    deviation: NDArray[np.floating[Any]]
+    covariance: NDArray[np.floating[Any]]
+    pixel: tuple[int, int]
+    scores: dict[str, Scores]
+    latencies_s: dict[Operation, NDArray[np.float64]]
+
+
+def take_tour(model: Model, held_out: Images, say: Callable[[str], None]) -> Tour:
+    """Sample, decode, interpolate, sweep, edit, score and time one model."""
+    say("sampling")
+    samples, latents = model.sample_with_latents(SAMPLES, seed=0)
+    latent = latents[0]
+    density = model.decode(latent)
+    deviation = np.sqrt(density.marginal_variance()).mean(axis=0)
+    pixel = _most_uncertain(deviation)
+    say("editing")
+    edit = _edit(model, latent, density, pixel)
+    say("scoring")
+    scores = _score(model, held_out)
+    say("timing requests")
+    return Tour(
+        name=model.name,
+        family=model.spec.family,
+        samples=samples,
+        mean=_image(density.mean),
+        draws=_image(density.sample(8, seed=1)),
+        interpolation=_interpolate(density) if density.rank else None,
+        sweep=_sweep(density) if density.rank else None,
+        edit=edit,
+        deviation=deviation,
+        covariance=density.covariance_with((0, *pixel))[0],
+        pixel=pixel,
+        scores=scores,
+        latencies_s=_time(model, latent, samples[0], edit),
+    )
+
+
+def _image(values: NDArray[np.floating[Any]]) -> Images:
+    """(…, C, H, W) floats to (…, H, W, C) bytes."""
+    return to_uint8(np.moveaxis(values, -3, -1))
+
+
+def _most_uncertain(deviation: NDArray[np.floating[Any]]) -> tuple[int, int]:
+    """The inner pixel whose 2×2 patch varies most."""
+    patches = deviation[:-1, :-1] + deviation[1:, :-1] + deviation[:-1, 1:] + deviation[1:, 1:]
+    row, column = np.unravel_index(int(patches.argmax()), patches.shape)
+    return int(row), int(column)
+
+
+def _interpolate(density: Density) -> Images:
+    """A GRID×GRID grid of images between four corners: great circles down both sides, then across."""
+    corners = np.random.default_rng(5).standard_normal((4, density.rank))
+    left, right = slerp(corners[0], corners[2], GRID), slerp(corners[1], corners[3], GRID)
+    rows = [density.interpolate(start, end, GRID) for start, end in zip(left, right, strict=True)]
+    return _image(np.stack(rows))
+
+
+def _sweep(density: Density) -> Images:
+    """The largest components one by one, all others at 0, at the scales of SWEEP times the component's own size."""
+    components = density.components()[:SWEPT_COMPONENTS]
+    return _image(density.mean + SWEEP[:, None, None, None] * components[:, None])
+
+
+def _edit(model: Model, latent: NDArray[np.float32], density: Density, pixel: tuple[int, int]) -> Edit:
+    """Brighten or darken a 2×2 patch by three standard deviations, away from the nearer end of the range."""
+    row, column = pixel
+    mask = np.zeros(model.spec.image_shape[:2], dtype=np.bool_)
+    mask[row : row + 2, column : column + 2] = True
+    mean = np.moveaxis(density.mean, -3, -1)
+    step = 3 * np.sqrt(np.moveaxis(density.marginal_variance(), -3, -1))
+    wanted = np.where(mean[mask].mean() < 0.5, mean + step, mean - step)
+    pixels = np.where(mask[..., None], to_uint8(wanted), to_uint8(mean))
+    first, second = (model.condition(latent, mask, pixels, seed=0, start=start) for start in (0, 1))
+    return Edit(to_uint8(mean), pixels, mask, first.image, np.stack([first.sample, second.sample]))
+
+
+def _score(model: Model, held_out: Images) -> dict[str, Scores]:
+    images = held_out[:SCORED]
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    height, width, _ = model.spec.image_shape
+    turned = np.rot90(images, axes=(1, 2)) if height == width else images[:, ::-1]
+    sets = {"held out": images, "rotated" if height == width else "upside down": turned, "noise": noise}
+    return {name: model.score(np.ascontiguousarray(x), num_samples=SCORE_SAMPLES) for name, x in sets.items()}
+
+
+def _time(model: Model, latent: NDArray[np.float32], image: Images, edit: Edit) -> dict[Operation, NDArray[np.float64]]:
+    """Seconds of single-row requests, one after another, after one that does not count."""
+    calls: dict[Operation, Callable[[int], object]] = {
+        Operation.DECODE: lambda index: model.decode(latent),
+        Operation.ENCODE: lambda index: model.encode(image),
+        Operation.SAMPLE: lambda index: model.sample(1, start=index),
+        Operation.CONDITION: lambda index: model.condition(latent, edit.mask, edit.pixels, start=index),
+        Operation.SCORE: lambda index: model.score(image, num_samples=model.spec.score_samples),
+    }
+    return {operation: _seconds(call) for operation, call in calls.items()}
+
+
+def _seconds(call: Callable[[int], object]) -> NDArray[np.float64]:
+    call(0)
+    seconds = []
+    for index in range(LATENCY_REQUESTS):
+        start = time.perf_counter()
+        call(index)
+        seconds.append(time.perf_counter() - start)
+    return np.array(seconds)
