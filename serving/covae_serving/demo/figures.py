@@ -29,7 +29,12 @@ STYLE: dict[Any, Any] = {
 
 
 def tile(images: Images, columns: int) -> bytes:
-    """Images (N, H, W, C) in rows of `columns`, one pixel apart, at their own size: the page enlarges them."""
+    """Images in rows of `columns` as PNG, at their own size: the page enlarges them."""
+    return encode_png(_sheet(images, columns))
+
+
+def _sheet(images: Images, columns: int) -> Images:
+    """Images (N, H, W, C) in rows of `columns`, GAP pixels apart. shape: (H', W', C)"""
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), BACKGROUND, np.uint8)
@@ -37,7 +42,7 @@ def tile(images: Images, columns: int) -> bytes:
         row, column = divmod(index, columns)
         top, left = row * (height + GAP), column * (width + GAP)
         sheet[top : top + height, left : left + width] = image
-    return encode_png(sheet)
+    return sheet
 
 
 def encode_png(image: Images) -> bytes:
@@ -53,6 +58,29 @@ def outlined(image: Images, mask: NDArray[np.bool_]) -> Images:
     tint = np.array([217, 115, 13])
     coloured[mask] = (0.45 * coloured[mask] + 0.55 * tint).astype(np.uint8)
     return coloured
+
+
+def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
+    """README's picture: training images and samples of each model; an edit of the first model in three steps."""
+    edit = tours[0].edit
+    panels = [("training images", _sheet(training[:20], 5))]
+    panels += [(f"samples, {tour.family}", _sheet(tour.samples[:20], 5)) for tour in tours]
+    steps = [
+        ("an image", edit.before),
+        ("four pixels changed by hand", outlined(edit.pixels, edit.mask)),
+        ("the rest follows", edit.mean),
+        ("two samples that agree", edit.samples[0]),
+        ("", edit.samples[1]),
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.6), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+        for subfigure, pictures in ((above, panels), (below, steps)):
+            for axis, (title, image) in zip(subfigure.subplots(1, len(pictures)), pictures, strict=True):
+                axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                axis.set_title(title)
+                axis.set_axis_off()
+        return _png(figure)
 
 
 def maps(tours: Sequence[Tour]) -> bytes:

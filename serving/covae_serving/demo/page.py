@@ -15,7 +15,7 @@ import numpy as np
 from covae_client.contract import Operation
 from covae_client.images import channels_last
 from covae_serving.demo import figures
-from covae_serving.demo.tour import SCORE_SAMPLES, SWEEP, Edit, Images, Tour
+from covae_serving.demo.tour import SAMPLES, SCORE_SAMPLES, SWEEP, Edit, Images, Tour
 from covae_train.data import ImageData
 
 STYLE = """
@@ -39,7 +39,10 @@ th { font-weight: 600; }
 
 
 def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour]) -> None:
-    """Write the page for the tours of one data set; the first is the model that has structure, the others baselines."""
+    """Write the page for the tours of one data set, and README's picture beside it.
+
+    The first tour is of the model that has structure, the others are of baselines.
+    """
     main = tours[0]
     sections = [
         _samples(images, tours),
@@ -63,6 +66,7 @@ Everything below came through the gRPC client, on {machine}, {date.today().isofo
 """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+    (path.parent / "first-screen.png").write_bytes(figures.first_screen(_training(images), tours))
 
 
 def _families(tours: Sequence[Tour]) -> str:
@@ -70,8 +74,7 @@ def _families(tours: Sequence[Tour]) -> str:
 
 
 def _samples(images: ImageData, tours: Sequence[Tour]) -> str:
-    training: Images = channels_last(images.train[: len(tours[0].samples)].numpy())
-    parts = [_tiles(training, 6, "training images", 300)]
+    parts = [_tiles(_training(images), 6, "training images", 300)]
     parts += [_tiles(tour.samples, 6, f"samples of {tour.name}", 300) for tour in tours]
     return _section(
         "Samples",
@@ -79,6 +82,12 @@ def _samples(images: ImageData, tours: Sequence[Tour]) -> str:
         "independent, a sample carries their noise; where they vary together, it is a coherent image.",
         _row(parts),
     )
+
+
+def _training(images: ImageData) -> Images:
+    """As many training images as there are samples."""
+    training: Images = channels_last(images.train[:SAMPLES].numpy())
+    return training
 
 
 def _one_latent(tours: Sequence[Tour]) -> str:

@@ -41,7 +41,7 @@ class Schedule:
 
 # Two to three minutes for the digits on two cores; a large data set makes more steps in fewer epochs.
 SCHEDULES = {"digits": Schedule(60, 40)}
-OTHER_SCHEDULE = Schedule(6, 4)
+OTHER_SCHEDULE = Schedule(6, 3)
 
 
 @dataclass(frozen=True)
