@@ -74,7 +74,7 @@ def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
     ]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1.6, 1)))
         for subfigure, pictures in ((above, panels), (below, steps)):
             for axis, (title, image) in zip(subfigure.subplots(1, len(pictures)), pictures, strict=True):
                 axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
