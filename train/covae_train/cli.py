@@ -220,9 +220,11 @@ def _bench() -> None:
 def bench_densities(
     batch: Annotated[int, typer.Option(min=1, help="images per call")] = 16,
     repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each figure")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each side")] = 1,
     output: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
 ) -> None:
     """Time LowRankNormal beside torch's LowRankMultivariateNormal and a naive dense-block edit."""
+    use_threads(threads)
     from covae_train import bench_densities as benchmark
 
-    benchmark.run(batch=batch, repeats=repeats, output=output)
+    benchmark.run(batch=batch, repeats=repeats, output=output, threads=threads)
