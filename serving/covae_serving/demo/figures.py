@@ -75,8 +75,8 @@ def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
         grid = figure.add_gridspec(2, 1, height_ratios=(1.6, 1))
-        for part, pictures in zip(grid, (panels, steps), strict=True):
-            axes = figure.add_subfigure(part).subplots(1, len(pictures))
+        for row, pictures in enumerate((panels, steps)):
+            axes = figure.add_subfigure(grid[row]).subplots(1, len(pictures))
             for axis, (title, image) in zip(axes, pictures, strict=True):
                 axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 axis.set_title(title)
