@@ -12,6 +12,7 @@ from torch import Tensor
 
 from covae_client.contract import NUMPY_DTYPES, ModelSpec, Operation, TensorSpec
 from covae_export.graphs import Graph
+from covae_export.packets import fill_packets
 from covae_train.errors import ExportError
 
 OPSET = 20
@@ -59,6 +60,7 @@ def convert(graph: Graph, spec: ModelSpec, operation: Operation, path: Path) -> 
                 dynamic_shapes=tuple({0: batch} for _ in inputs),
             )
             assert program is not None
+            fill_packets(program.model)
             program.save(str(path), external_data=False)
     except Exception as error:  # torch.onnx's errors have no common base below Exception
         raise ExportError(f"{operation.value}: torch cannot export this graph to ONNX: {error}") from error
