@@ -24,6 +24,9 @@ def export(
     instances: Annotated[int, typer.Option(min=1, help="server processes per operation")] = 1,
     instance_kind: Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or gpu")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one instance")] = 1,
+    max_queue_size: Annotated[
+        int, typer.Option(min=0, help="requests that may wait; 0: any number. A bound costs tail latency")
+    ] = 0,
 ) -> None:
     """Write a run's five operations as ONNX graphs with Triton configurations, checked against torch."""
     use_threads(1)
@@ -43,7 +46,7 @@ def export(
             repository,
             name,
             score_samples=score_samples,
-            deployment=Deployment(max_batch_size, instances, instance_kind, threads),
+            deployment=Deployment(max_batch_size, instances, instance_kind, threads, max_queue_size),
             on_operation=lambda operation: status.update(f"exporting and checking {operation.value}"),
         )
     _print(console, exported)

@@ -34,6 +34,7 @@ class Deployment:
     instances: int = 1
     instance_kind: str = "auto"
     threads: int = 1
+    max_queue_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def export_run(
         raise InvalidArgument(f"name: found {name!r}; expected letters, digits, '.', '_' and '-', as digits-sos")
     deployment = deployment or Deployment()
     spec = describe(run, score_samples)
-    repository.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=repository))
+    staging = _staging_folder(repository)
     try:
         disagreements = []
         for operation in Operation:
@@ -103,6 +103,14 @@ def export_run(
     finally:
         shutil.rmtree(staging)
     return Exported(name, version, repository, disagreements)
+
+
+def _staging_folder(repository: Path) -> Path:
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".staging-", dir=repository))
+    except OSError as error:
+        raise ExportError(f"{repository}: cannot be a model repository: {error}") from error
 
 
 def _stage(

@@ -7,7 +7,6 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from covae_client.contract import PLATFORM_BACKEND, ModelSpec, Operation, TensorSpec
 
-MAX_QUEUE_SIZE = 256
 INSTANCE_KINDS = {
     "auto": pb.ModelInstanceGroup.KIND_AUTO,
     "cpu": pb.ModelInstanceGroup.KIND_CPU,
@@ -24,6 +23,7 @@ def build_config(
     instances: int = 1,
     instance_kind: str = "auto",
     threads: int = 1,
+    max_queue_size: int = 0,
 ) -> pb.ModelConfig:
     """The configuration of one operation of the model `name`.
 
@@ -31,6 +31,9 @@ def build_config(
         instances: processes per model (per GPU with `gpu`)
         instance_kind: `auto` (the GPU where there is one), `cpu` or `gpu`
         threads: threads with which one instance runs its graph on the CPU
+        max_queue_size: requests that may wait, 0 for any number. Any bound makes Triton 2.51's batcher miss wake-ups on
+            busy cores and sleep its 500 ms (see docs/results.md), so by default the clients' deadlines are the bound:
+            a request whose client has given up leaves the queue.
     """
     config = pb.ModelConfig(
         name=operation.model_name(name),
@@ -43,8 +46,9 @@ def build_config(
         version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
         model_warmup=[_warm_up(spec, operation)],
     )
-    queue = config.dynamic_batching.default_queue_policy
-    queue.max_queue_size = MAX_QUEUE_SIZE
+    config.dynamic_batching.SetInParent()
+    if max_queue_size:
+        config.dynamic_batching.default_queue_policy.max_queue_size = max_queue_size
     values = spec.to_parameters() | {"operation": operation.value, "intra_op_thread_count": str(threads)}
     for key, value in values.items():
         config.parameters[key].string_value = value

@@ -59,7 +59,7 @@ def verify(
         found = _run(session, spec, operation, inputs, rows)
         whole = whole or found
         for tensor, value, wanted, in_17 in zip(outputs, found, expected, whole, strict=True):
-            errors[tensor.name] = max(errors[tensor.name], _error(value, wanted[:rows]))
+            errors[tensor.name] = _worse(errors[tensor.name], _error(value, wanted[:rows]))
             if value.tobytes() != in_17[:rows].tobytes():
                 raise ExportError(f"{operation.value}: {tensor.name} of a row differs between batches of {rows} and 17")
     return [Disagreement(operation, t.name, errors[t.name], TOLERANCES[t.dtype]) for t in outputs]
@@ -101,6 +101,11 @@ def _error(found: NDArray[np.generic], expected: NDArray[np.generic]) -> float:
     if found.dtype == np.float32:
         difference /= 1 + np.abs(expected.astype(np.float64))
     return float(difference.max())
+
+
+def _worse(first: float, second: float) -> float:
+    """The larger error; NaN is larger than any number, which Python's `max` does not know."""
+    return float(np.maximum(first, second))
 
 
 def refuse_unacceptable(disagreements: Iterator[Disagreement] | list[Disagreement]) -> None:
