@@ -36,7 +36,7 @@ def train(
     channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB  [the data's]")] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the training images, both phases together")] = None,
     mean_epochs: Annotated[
-        int | None, typer.Option(help="passes of the first phase, which trains the mean alone")
+        int | None, typer.Option(help="passes of the first phase, which trains the mean alone  [half]")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="images per step; the objective is per image")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's, while everything is trained")] = None,
@@ -134,7 +134,7 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise InvalidArgument(f"--image-size: found {text!r}; expected N or HxW, as 64 or 64x48")
     return int(parts[0]), int(parts[-1])
 
@@ -152,7 +152,11 @@ def _parse_options(options: list[str]) -> dict[str, str]:
     malformed = [option for option in options if "=" not in option]
     if malformed:
         raise InvalidArgument(f"--option: found {malformed[0]!r}; expected NAME=VALUE")
-    return dict(option.split("=", 1) for option in options)
+    values = dict(option.split("=", 1) for option in options)
+    fixed = [name for name in ("family", "data", "image_shape") if name in values]
+    if fixed:
+        raise InvalidArgument(f"--option: found {fixed[0]}; expected it as FAMILY, --data, --image-size or --channels")
+    return values
 
 
 def _device(name: str) -> str:
@@ -160,6 +164,8 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise InvalidArgument(f"--device: found {name!r}; expected cpu, cuda or auto")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidArgument("--device: found cuda, but torch sees no GPU; expected cpu or auto")
     return name

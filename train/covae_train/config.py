@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from covae_client.errors import InvalidArgument
 
@@ -50,7 +51,7 @@ class RunConfig(BaseModel):
     variance: PositiveFloat = 1e-5
     target_kl: PositiveFloat
     epochs: PositiveInt = 20
-    mean_epochs: int = Field(default=5, ge=0)
+    mean_epochs: int = Field(default_factory=lambda given: given.get("epochs", 0) // 2, ge=0)
     batch_size: int = Field(ge=2)
     learning_rate: PositiveFloat
     mean_learning_rate: PositiveFloat
@@ -63,8 +64,8 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_epochs(self) -> Self:
-        if self.mean_epochs > self.epochs:
-            raise ValueError(f"mean_epochs: found {self.mean_epochs}, more than epochs = {self.epochs}")
+        if self.mean_epochs >= self.epochs:
+            raise ValueError(f"mean_epochs: found {self.mean_epochs}; expected fewer than epochs = {self.epochs}")
         return self
 
     @property
@@ -102,8 +103,12 @@ def build_config(config_class: type[RunConfig], given: dict[str, Any]) -> RunCon
     try:
         return config_class(**{**known, **given})
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'options'}: found {item['input']!r}, {item['msg']}"
-            for item in error.errors()
-        )
+        problems = "; ".join(_problem(item) for item in error.errors())
         raise InvalidArgument(f"{given.get('family', 'the model')}: {problems}") from error
+
+
+def _problem(item: ErrorDetails) -> str:
+    """One of pydantic's errors; those of our own validators, which are about several fields, name them already."""
+    if not item["loc"]:
+        return item["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, item['loc']))}: found {item['input']!r}, {item['msg']}"
