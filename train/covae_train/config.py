@@ -14,6 +14,8 @@ from covae_client.errors import InvalidArgument
 
 ImageShape = tuple[int, int, int]
 
+# pydantic's mark on a default that could not be computed because another field is wrong.
+FOLLOWS_FROM_ANOTHER = "default_factory_not_called"
 # Defaults by the image's longer side: the first row whose limit it does not exceed. The last is the paper's.
 SIZE_DEFAULTS: tuple[tuple[int, dict[str, Any]], ...] = (
     (
@@ -103,7 +105,7 @@ def build_config(config_class: type[RunConfig], given: dict[str, Any]) -> RunCon
     try:
         return config_class(**{**known, **given})
     except ValidationError as error:
-        problems = "; ".join(_problem(item) for item in error.errors())
+        problems = "; ".join(_problem(item) for item in error.errors() if item["type"] != FOLLOWS_FROM_ANOTHER)
         raise InvalidArgument(f"{given.get('family', 'the model')}: {problems}") from error
 
 

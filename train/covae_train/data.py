@@ -71,7 +71,8 @@ def load_images(data: str, image_size: tuple[int, int] | None = None, channels: 
 
     Args:
         data: `digits`, a name in SOURCES, a folder of images or a parquet file. With COVAE_DATA set, names are looked
-            up as `$COVAE_DATA/NAME/{train,validation,test}.parquet` before the hub is asked.
+            up as `$COVAE_DATA/NAME/{train,validation,test}.parquet` before the hub is asked. Of a folder, subfolders
+            named `train` and `test` (or `validation`) are the splits; without a `train`, all images belong together.
         image_size: (H, W) to cut and resize every image to (shorter side scaled, centre cropped); by default the
             images' own size, or the source's.
         channels: 1 (grey) or 3 (RGB); by default 1 if every image is grey.
@@ -134,7 +135,8 @@ def _load(data: str, source: Source | None) -> Any:
             return load_dataset(source.hub)
         path = Path(data)
         if path.is_dir():
-            return load_dataset("imagefolder", data_dir=str(path), drop_labels=True)
+            files = _split_folders(path)
+            return load_dataset("imagefolder", data_dir=str(path), data_files=files, drop_labels=True)
         if path.is_file() and path.suffix == ".parquet":
             return load_dataset("parquet", data_files={"train": str(path)})
     except DataError:
@@ -145,6 +147,12 @@ def _load(data: str, source: Source | None) -> Any:
         raise DataError(f"{data}: cannot be read ({reason}); {hint}") from error
     names = ", ".join(["digits", *SOURCES])
     raise DataError(f"--data: found {data!r}; expected one of {names}, a folder of images, or a parquet file")
+
+
+def _split_folders(folder: Path) -> dict[str, str]:
+    """What belongs to which split. Left to itself, `datasets` goes by words in file names and drops the other files."""
+    splits = [name for name in ("train", *HELD_OUT_SPLITS) if (folder / name).is_dir()]
+    return {name: f"{name}/**" for name in splits} if "train" in splits else {"train": "**"}
 
 
 def _undecoded(dataset: Any, data: str) -> Any:

@@ -190,8 +190,11 @@ class Trainer:
 
     def _open_folder(self) -> None:
         if not (self.folder / CONFIG_FILE).exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.config.save(self.folder / CONFIG_FILE)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.config.save(self.folder / CONFIG_FILE)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder}: cannot be made a run's folder ({error})") from error
             return
         found = load_config(self.folder)
         if found != self.config:
@@ -200,7 +203,13 @@ class Trainer:
             self._restore(load_checkpoint(self.folder))
 
     def save(self) -> None:
-        """Write the checkpoint, atomically."""
+        """Write the checkpoint, atomically.
+
+        Raises:
+            TrainingError: a weight is not finite; the checkpoint before stays.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise self._not_finite("a weight is not finite")
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"multipliers.{name}": value for name, value in self.multipliers.state_dict().items()}
         for name, parameter in self.model.named_parameters():
