@@ -1,5 +1,5 @@
 # make demo | make test | make check. Everything is installed into .venv; nothing needs root, Docker or a GPU.
-PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) 2>/dev/null)) no-python-3.11-or-3.12-found)
 BIN := .venv/bin
 DATA ?= digits
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

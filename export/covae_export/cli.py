@@ -22,7 +22,7 @@ def export(
     score_samples: Annotated[int, typer.Option(min=1, max=1000, help="importance weights per call of score")] = 10,
     max_batch_size: Annotated[int, typer.Option(min=1, help="rows the server may put into one batch")] = 64,
     instances: Annotated[int, typer.Option(min=1, help="server processes per operation")] = 1,
-    instance_kind: Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or gpu")] = "auto",
+    instance_kind: Annotated[str, typer.Option(help="cpu, gpu, or auto: the GPU where there is one")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one instance")] = 1,
     max_queue_size: Annotated[
         int, typer.Option(min=0, help="requests that may wait; 0: any number. A bound costs tail latency")

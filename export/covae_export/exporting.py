@@ -32,7 +32,7 @@ class Deployment:
 
     max_batch_size: int = 64
     instances: int = 1
-    instance_kind: str = "auto"
+    instance_kind: str = "cpu"
     threads: int = 1
     max_queue_size: int = 0
 

@@ -15,7 +15,7 @@ from covae_train.image_model import ImageModel
 
 
 class MatMulConv(nn.Module):
-    """nn.Conv2d as one matrix product per image over its shifted copies. shape: (B, C, H, W) → (B, O, H', W')"""
+    """nn.Conv2d as a sum of matrix products, one per kernel position. shape: (B, C, H, W) → (B, O, H', W')"""
 
     weight: Tensor
     bias: Tensor
@@ -24,8 +24,8 @@ class MatMulConv(nn.Module):
         super().__init__()
         self.kernel = (weight.shape[2], weight.shape[3])
         self.stride, self.padding = stride, padding
-        # shape: (O, kh·kw·C), kernel positions slow
-        self.register_buffer("weight", weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous())
+        # shape: (kh, kw, O, C)
+        self.register_buffer("weight", weight.detach().permute(2, 3, 0, 1).contiguous())
         self.register_buffer("bias", bias.detach()[:, None, None].clone())
 
     @classmethod
@@ -39,13 +39,13 @@ class MatMulConv(nn.Module):
         x = nn.functional.pad(x, self.padding)
         height, width = ((x.shape[2 + axis] - self.kernel[axis]) // self.stride + 1 for axis in (0, 1))
         last_row, last_column = self.stride * (height - 1) + 1, self.stride * (width - 1) + 1
-        shifted = [
-            x[:, :, i : i + last_row : self.stride, j : j + last_column : self.stride]
+        products = [
+            self.weight[i, j] @ x[:, :, i : i + last_row : self.stride, j : j + last_column : self.stride].flatten(2)
             for i in range(self.kernel[0])
             for j in range(self.kernel[1])
         ]
-        product = self.weight @ torch.cat(shifted, dim=1).flatten(2)
-        return product.reshape(-1, len(self.weight), height, width) + self.bias
+        total = sum(products[1:], products[0])
+        return total.reshape(-1, self.weight.shape[2], height, width) + self.bias
 
 
 class MatMulConvTranspose(nn.Module):

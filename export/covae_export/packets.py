@@ -47,7 +47,7 @@ def _fill(graph: ir.Graph, node: ir.Node, known: ir.Value) -> None:
     whole = _insert(graph, node, node.op_type, [filled])
     cut = _insert(graph, node, "Slice", [whole], _ints(0), _ints(width), _ints(1))
     rows = _insert(graph, node, "Reshape", [cut], _ints(-1, *row))
-    rows.shape, rows.type = result.shape, result.type
+    rows.name, rows.shape, rows.type = result.name, result.shape, result.type
     ir.convenience.replace_all_uses_with(result, rows, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 

@@ -21,7 +21,7 @@ def build_config(
     *,
     max_batch_size: int = 64,
     instances: int = 1,
-    instance_kind: str = "auto",
+    instance_kind: str = "cpu",
     threads: int = 1,
     max_queue_size: int = 0,
 ) -> pb.ModelConfig:
@@ -29,7 +29,7 @@ def build_config(
 
     Args:
         instances: processes per model (per GPU with `gpu`)
-        instance_kind: `auto` (the GPU where there is one), `cpu` or `gpu`
+        instance_kind: `cpu`, `gpu`, or `auto` (the GPU where there is one; needs the extra `gpu` there)
         threads: threads with which one instance runs its graph on the CPU
         max_queue_size: requests that may wait, 0 for any number. Any bound makes Triton 2.51's batcher miss wake-ups on
             busy cores and sleep its 500 ms (see docs/results.md), so by default the clients' deadlines are the bound:

@@ -80,20 +80,29 @@ def train(
         "variance": variance,
         "target_kl": target_kl,
         "kappa": kappa,
-        "flips": images.flips if flips is None else flips,
+        "flips": flips,
         "seed": seed,
         "threads": threads,
     }
     given = {name: value for name, value in named.items() if value is not None}
-    config = _make_config(family, images, given | _parse_options(option or []))
-    trainer = Trainer(config, images, run or Path("runs") / f"{Path(data).stem}-{family}", _device(device))
-    fit_with_progress(trainer)
+    folder = run or Path("runs") / f"{Path(data).stem}-{family}"
+    config = config_for(folder, family, images, given | _parse_options(option or []))
+    fit_with_progress(Trainer(config, images, folder, _device(device)))
 
 
-def _make_config(family: str, images: ImageData, given: dict[str, Any]) -> RunConfig:
+def config_for(folder: Path, family: str, images: ImageData, given: dict[str, Any]) -> RunConfig:
+    """The configuration of a new run, or of the run in `folder` with what is given now in the place of what it has.
+
+    So a run resumes without its options being said again; one that is said and differs is `Trainer`'s to refuse.
+    """
     from covae_train.families import make_config
+    from covae_train.run import has_run, load_config
 
-    return make_config(family=family, data=images.name, image_shape=images.image_shape, **given)
+    kept = load_config(folder).model_dump() if has_run(folder) else {"flips": images.flips}
+    fixed = {"family": family, "data": images.name, "image_shape": images.image_shape}
+    if kept.get("family", family) != family:
+        kept = {"flips": images.flips}
+    return make_config(**kept | given | fixed)
 
 
 def fit_with_progress(trainer: Trainer) -> None:

@@ -29,10 +29,14 @@ class ResidualBlock(nn.Module):
             nn.BatchNorm2d(out_width),
         )
         same_shape = in_width == out_width and stride == 1
-        self.skip = nn.Identity() if same_shape else nn.Conv2d(in_width, out_width, 1, stride)
+        self.skip = nn.Identity() if same_shape else nn.Conv2d(in_width, out_width, 1)
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.path(x) + self.skip(x))
+        # The stride is taken by the slice: torch's own strided 1×1 convolution, fed channels last with fewer than 16 of
+        # them, writes past its buffers in the backward pass (oneDNN #6035).
+        kept = x[:, :, :: self.stride, :: self.stride]
+        return torch.relu(self.path(x) + self.skip(kept))
 
 
 class UpsamplingBlock(nn.Module):

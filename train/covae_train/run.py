@@ -71,6 +71,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: the checkpoint is damaged ({error}); train again in another folder") from error
 
 
+def has_run(folder: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (folder / CONFIG_FILE).is_file()
+
+
 def load_config(folder: Path) -> RunConfig:
     """Read a run's configuration.
 

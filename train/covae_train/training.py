@@ -33,6 +33,7 @@ from covae_train.run import (
     CONFIG_FILE,
     METRICS_FILE,
     Checkpoint,
+    has_run,
     load_checkpoint,
     load_config,
     save_checkpoint,
@@ -64,8 +65,8 @@ class StepReport:
         return values | {f"multiplier_{name}": value for name, value in self.multipliers.items()}
 
 
-class Interrupted(TrainingError):
-    """The run was asked to stop; its checkpoint is complete."""
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its checkpoint is complete. As any interruption, it ends a command with status 130."""
 
 
 class Trainer:
@@ -189,7 +190,7 @@ class Trainer:
         )
 
     def _open_folder(self) -> None:
-        if not (self.folder / CONFIG_FILE).exists():
+        if not has_run(self.folder):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.config.save(self.folder / CONFIG_FILE)

@@ -43,8 +43,8 @@ class LazyGroup(TyperGroup):
         """Run a command; what Covae raises on purpose becomes one line, an interrupt exit code 130."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _print_error("interrupted")
+        except KeyboardInterrupt as stop:
+            _print_error(str(stop) or "interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except CovaeError as error:
             if os.environ.get("COVAE_DEBUG"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,10 @@ from covae_serving.demo.page import write_page
 from covae_serving.demo.tour import Tour, take_tour
 from covae_serving.repository import read_model
 from covae_serving.service import Service
-from covae_train.cli import fit_with_progress
+from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData, load_images
 from covae_train.evaluation import lag1_autocorrelation
-from covae_train.families import make_config
-from covae_train.run import TrainedRun, load_run
+from covae_train.run import TrainedRun, has_run, load_run
 from covae_train.training import Trainer
 
 FAMILIES = ("sos-vae", "beta-vae")
@@ -78,17 +77,9 @@ def run_demo(data: str, places: Places, console: Console) -> Path:
 
 def _train(family: str, name: str, images: ImageData, places: Places, console: Console) -> TrainedRun:
     console.rule(f"2  train {family}")
-    schedule = SCHEDULES.get(name, OTHER_SCHEDULE)
-    config = make_config(
-        family=family,
-        data=images.name,
-        image_shape=images.image_shape,
-        flips=images.flips,
-        epochs=schedule.epochs,
-        mean_epochs=schedule.mean_epochs,
-    )
     folder = places.runs / f"{name}-{family}"
-    fit_with_progress(Trainer(config, images, folder))
+    given = {} if has_run(folder) else asdict(SCHEDULES.get(name, OTHER_SCHEDULE))
+    fit_with_progress(Trainer(config_for(folder, family, images, given), images, folder))
     return load_run(folder)
 
 

@@ -1,0 +1,230 @@
+"""Publishing: five entries of one version or nothing at all; what is there is never changed."""
+
+import hashlib
+import json
+
+import onnx
+import pytest
+import torch
+from google.protobuf import text_format
+from onnx import numpy_helper
+from tritonclient.grpc import model_config_pb2 as pb
+
+from covae_client.contract import ModelSpec, Operation
+from covae_client.errors import InvalidArgument
+from covae_export.conversion import convert
+from covae_export.exporting import Deployment, describe, export_run
+from covae_export.graphs import build_graph
+from covae_export.triton_config import build_config, to_text
+from covae_export.verification import refuse_unacceptable, verify
+from covae_train.errors import CheckpointError, ExportError
+from covae_train.families import make_config
+from covae_train.run import load_run
+from covae_train.training import Trainer
+
+from .conftest import SCORE_SAMPLES, TINY
+
+FAMILIES = ["sos-vae", "beta-vae"]
+
+
+def snapshot(folder):
+    """Every file below a folder, hidden ones too, with the hash of its bytes; empty folders count."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+def read_config(path):
+    return text_format.Parse(path.read_text(), pb.ModelConfig())
+
+
+@pytest.fixture
+def converted(runs, tmp_path):
+    """`sample` of a run as an ONNX file, with the model and its spec."""
+    run = runs["sos-vae"]
+    spec = describe(run, SCORE_SAMPLES)
+    path = tmp_path / "model.onnx"
+    convert(build_graph(Operation.ENCODE, run.model, SCORE_SAMPLES), spec, Operation.ENCODE, path)
+    return run.model, spec, path
+
+
+def edit_weight(path, change):
+    """Change the first initializer of a file that is a convolution's weight."""
+    model = onnx.load(path)
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    array = change(numpy_helper.to_array(weight).copy())
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    onnx.save(model, path)
+
+
+def test_a_faithful_graph_is_accepted(converted):
+    refuse_unacceptable(verify(converted[0], converted[1], Operation.ENCODE, converted[2]))
+
+
+def test_a_weight_that_changed_is_found_and_told_with_the_outputs_errors(converted):
+    model, spec, path = converted
+    edit_weight(path, lambda weight: weight * 1.01)
+    with pytest.raises(ExportError, match=r"nothing was published: encode\.latent_mean: .*, allowed 0\.0001; encode"):
+        refuse_unacceptable(verify(model, spec, Operation.ENCODE, path))
+
+
+def test_an_output_that_is_nan_is_refused(converted):
+    model, spec, path = converted
+    edit_weight(path, lambda weight: weight * float("nan"))
+    with pytest.raises(ExportError, match=r"encode\.latent_mean: nan, allowed 0\.0001"):
+        refuse_unacceptable(verify(model, spec, Operation.ENCODE, path))
+
+
+def test_a_file_that_is_no_graph_is_refused(converted):
+    model, spec, path = converted
+    path.write_bytes(b"no graph")
+    with pytest.raises(ExportError, match="encode: ONNX Runtime cannot run the exported graph"):
+        verify(model, spec, Operation.ENCODE, path)
+
+
+class OverTheBatch(torch.nn.Module):
+    """An encoder that looks at the other rows, as a batch normalisation in training mode would."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images):
+        return self.encoder(images - 0.1 * images.mean(dim=0, keepdim=True))
+
+
+def test_a_model_whose_rows_depend_on_each_other_is_refused_and_the_repository_stays(run_folders, tmp_path):
+    run = load_run(run_folders["beta-vae"])
+    run.model.encoder = OverTheBatch(run.model.encoder)
+    (tmp_path / "other_encode" / "1").mkdir(parents=True)
+    (tmp_path / "other_encode" / "config.pbtxt").write_text('name: "other_encode"')
+    before = snapshot(tmp_path)
+    with pytest.raises(ExportError, match="encode: latent_mean of a row differs between batches of 3 and 17"):
+        export_run(run, tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "-dash", "a b", "a/b", "../up", "a\n", "ä", "_x"])
+def test_a_bad_name_is_refused_before_anything_is_written(name, run_folders, tmp_path):
+    run = load_run(run_folders["beta-vae"])
+    if name == "":
+        run = type(run)(tmp_path / "bad name", run.config, run.model, run.state, run.digest)
+    with pytest.raises(InvalidArgument, match=r"name: found .*; expected letters, digits, '\.', '_' and '-'"):
+        export_run(run, tmp_path / "repository", name)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_file_in_the_repositorys_place_is_told(runs, tmp_path):
+    (tmp_path / "repository").write_text("in the way")
+    with pytest.raises(ExportError, match="repository: cannot be a model repository"):
+        export_run(runs["beta-vae"], tmp_path / "repository")
+
+
+def test_a_run_in_its_mean_only_phase_cannot_be_exported(digits, tmp_path):
+    trainer = Trainer(make_config(family="beta-vae", **TINY), digits, tmp_path / "run")
+    trainer.save()
+    with pytest.raises(CheckpointError, match="still in its mean-only phase"):
+        load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("operation", Operation)
+def test_a_configuration_parses_back_and_describes_the_model(operation, family, runs):
+    spec = describe(runs[family], SCORE_SAMPLES)
+    built = build_config("toy", spec, operation, max_batch_size=7, instances=3, instance_kind="gpu", threads=2)
+    config = text_format.Parse(to_text(built), pb.ModelConfig())
+    assert config == built
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert ModelSpec.from_parameters(parameters) == spec
+    assert (parameters["operation"], parameters["intra_op_thread_count"]) == (operation.value, "2")
+    assert (config.name, config.backend, config.max_batch_size) == (f"toy_{operation.value}", "onnxruntime", 7)
+    (group,) = config.instance_group
+    assert (group.count, group.kind) == (3, pb.ModelInstanceGroup.KIND_GPU)
+    for tensors, found in ((spec.inputs(operation), config.input), (spec.outputs(operation), config.output)):
+        wanted = [(tensor.name, f"TYPE_{tensor.dtype}", tensor.shape) for tensor in tensors]
+        assert [(t.name, pb.DataType.Name(t.data_type), tuple(t.dims)) for t in found] == wanted
+    (warm_up,) = config.model_warmup
+    assert warm_up.batch_size == 1
+    assert {name: tuple(tensor.dims) for name, tensor in warm_up.inputs.items()} == {
+        tensor.name: tensor.shape for tensor in spec.inputs(operation)
+    }
+    assert all(tensor.zero_data for tensor in warm_up.inputs.values())
+    assert config.HasField("dynamic_batching")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_spec_is_read_off_the_model(family, runs):
+    run = runs[family]
+    spec = describe(run, SCORE_SAMPLES)
+    assert (spec.family, spec.image_shape, spec.latent_shape) == (family, (8, 8, 1), (5,))
+    factor = {"factor": (3, 1, 8, 8), "variance": (1, 1, 1)}
+    assert spec.density_parameters == (factor if family == "sos-vae" else {"variance": (1, 8, 8)})
+    assert (spec.rank, spec.score_samples) == (3 if family == "sos-vae" else 0, SCORE_SAMPLES)
+    assert spec.run_id == family
+    content = (run.folder / "checkpoint.safetensors").read_bytes()
+    assert spec.run_digest == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_five_entries_of_one_version_are_published_and_nothing_else(family, repository):
+    entries = [operation.model_name(family) for operation in Operation]
+    assert all(entry in snapshot(repository) for entry in entries)
+    assert {path.name for path in repository.iterdir()} == {op.model_name(f) for f in FAMILIES for op in Operation}
+    for entry in entries:
+        assert set(snapshot(repository / entry)) == {"1", "1/model.onnx", "config.pbtxt"}
+        assert read_config(repository / entry / "config.pbtxt").name == entry
+
+
+@pytest.mark.slow
+def test_the_deployment_is_written_into_every_configuration(repository):
+    for path in repository.glob("*/config.pbtxt"):
+        config = read_config(path)
+        assert (config.max_batch_size, config.instance_group[0].count) == (32, 2)
+        assert json.loads(config.parameters["score_samples"].string_value) == SCORE_SAMPLES
+
+
+@pytest.mark.slow
+def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, tmp_path):
+    seen = []
+    first = export_run(runs["beta-vae"], tmp_path, "toy", on_operation=seen.append)
+    assert seen == list(Operation)
+    before = snapshot(tmp_path)
+    second = export_run(runs["beta-vae"], tmp_path, "toy", score_samples=3, deployment=Deployment(max_batch_size=5))
+    after = snapshot(tmp_path)
+    assert (first.version, second.version) == (1, 2)
+    for path, content in before.items():
+        assert path.endswith("config.pbtxt") or after[path] == content
+    assert set(after) - set(before) == {
+        f"{operation.model_name('toy')}/2{file}" for operation in Operation for file in ("", "/model.onnx")
+    }
+    for operation in Operation:
+        config = read_config(tmp_path / operation.model_name("toy") / "config.pbtxt")
+        assert (config.max_batch_size, config.version_policy.latest.num_versions) == (5, 1)
+    assert {item.operation for item in second.disagreements} == set(Operation)
+    assert all(item.acceptable for item in second.disagreements)
+
+
+class WrongWhenExported(torch.nn.Module):
+    """A branch for export that computes something else: what verification is there to find."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.mean = mean
+
+    def forward(self, features):
+        return self.mean(features) + (0.02 if torch.compiler.is_exporting() else 0.0)
+
+
+@pytest.mark.slow
+def test_graphs_that_disagree_with_torch_leave_the_repository_as_it_was(run_folders, tmp_path):
+    run = load_run(run_folders["beta-vae"])
+    run.model.head.mean = WrongWhenExported(run.model.head.mean)
+    entry = tmp_path / Operation.DECODE.model_name("toy")
+    (entry / "1").mkdir(parents=True)
+    (entry / "1" / "model.onnx").write_bytes(b"an earlier version")
+    before = snapshot(tmp_path)
+    with pytest.raises(ExportError, match=r"nothing was published: decode\.mean: .*score\.log_weight: "):
+        export_run(run, tmp_path, "toy")
+    assert snapshot(tmp_path) == before

@@ -1,0 +1,119 @@
+"""The modules that stand in for torch's layers in float64 compute the same, whatever their strides and paddings."""
+
+import pytest
+import torch
+from torch import nn
+
+from covae_export.float64 import (
+    Affine,
+    ExpLogSoftplus,
+    MatMulConv,
+    MatMulConvTranspose,
+    MatMulFirstLayer,
+    in_float64,
+    runnable_in_float64,
+)
+from covae_train.families import build_model, make_config
+
+SIZES = [(1, 1), (2, 5), (7, 4), (9, 13)]
+
+
+def images(channels, size, rows=3):
+    return torch.randn(rows, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def close(found, expected):
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("padding", [0, 1, 2, (0, 1), (2, 1)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3, (1, 3), (3, 2)])
+@torch.no_grad()
+def test_convolutions_equal_torchs(kernel, stride, padding, size):
+    layer = nn.Conv2d(3, 5, kernel, stride, padding).double()
+    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
+    tall, wide = layer.kernel_size
+    if size[0] + 2 * vertical < tall or size[1] + 2 * horizontal < wide:
+        pytest.skip("the kernel is larger than the padded image")
+    close(MatMulConv.from_conv(layer)(images(3, size)), layer(images(3, size)))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("output_padding", [0, (1, 0), (0, 1), 1])
+@pytest.mark.parametrize("padding", [0, 1, (1, 0)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 3, (2, 3)])
+@torch.no_grad()
+def test_transposed_convolutions_equal_torchs(kernel, stride, padding, output_padding, size):
+    if stride == 1 and output_padding != 0:
+        pytest.skip("torch allows an output padding smaller than the stride alone")
+    layer = nn.ConvTranspose2d(3, 5, kernel, stride, padding, output_padding=output_padding).double()
+    try:
+        expected = layer(images(3, size))
+    except RuntimeError:
+        pytest.skip("torch has no output of that size")
+    close(MatMulConvTranspose(layer)(images(3, size)), expected)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (4, 4), (3, 7)])
+@torch.no_grad()
+def test_the_decoders_first_layer_equals_torchs(kernel):
+    layer = nn.ConvTranspose2d(6, 4, kernel).double()
+    close(MatMulFirstLayer(layer)(images(6, (1, 1))), layer(images(6, (1, 1))))
+
+
+@torch.no_grad()
+def test_batch_normalisation_equals_torchs_in_evaluation_mode():
+    layer = nn.BatchNorm2d(4).double()
+    for _ in range(5):
+        layer(3 * images(4, (5, 6)) + 1)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    close(Affine(layer.eval())(images(4, (5, 6))), layer(images(4, (5, 6))))
+
+
+@torch.no_grad()
+def test_softplus_equals_torchs_far_from_zero_too():
+    x = torch.cat([torch.linspace(-60, 60, 1001), torch.tensor([-1e4, -750, 750, 1e4])]).double()
+    torch.testing.assert_close(ExpLogSoftplus()(x), torch.log1p(torch.exp(-x.abs())) + x.relu(), rtol=5e-16, atol=5e-16)
+    # torch's own gives x itself from 20 on, where log(1 + e⁻²⁰) = 2e-9.
+    torch.testing.assert_close(ExpLogSoftplus()(x), nn.functional.softplus(x), rtol=0, atol=3e-9)
+
+
+@pytest.mark.parametrize("family", ["sos-vae", "beta-vae"])
+@pytest.mark.parametrize("shape", [(8, 8, 1), (9, 13, 3), (17, 8, 1), (31, 64, 3)], ids=str)
+@torch.no_grad()
+def test_a_whole_model_equals_its_double_and_keeps_no_layer_without_a_float64_kernel(shape, family):
+    torch.manual_seed(0)
+    rank = {"rank": 3} if family == "sos-vae" else {}
+    config = make_config(family=family, data="x", image_shape=shape, widths=(4, 6, 8), latent_size=5, **rank)
+    model = build_model(config)
+    model.train()
+    for _ in range(3):
+        model.posterior(torch.rand(4, shape[2], *shape[:2]))
+        model.density(torch.randn(4, 5))
+    double = in_float64(model.eval())
+    runnable = runnable_in_float64(double)
+    kept = {type(module) for module in runnable.modules()}
+    assert not kept & {nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Softplus}
+    latent = torch.randn(3, 5, dtype=torch.float64)
+    found, expected = runnable.density(latent), double.density(latent)
+    close(found.mean, expected.mean)
+    for name, value in expected.parameters.items():
+        # torch's softplus is x itself from 20 on, which no variance comes near.
+        close(found.parameters[name].double(), value.double())
+    batch = images(shape[2], shape[:2])
+    for ours, theirs in zip(runnable.posterior(batch), double.posterior(batch), strict=True):
+        close(ours, theirs)
+
+
+def test_the_model_itself_stays_as_it_was():
+    model = build_model(make_config(family="sos-vae", data="x", image_shape=(8, 8, 1), widths=(4, 6), rank=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runnable_in_float64(in_float64(model))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())

@@ -1,0 +1,84 @@
+"""`decode` and `encode` agree with torch, and so does the density that the client makes of what it gets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from covae_client.contract import Operation
+from covae_client.images import channels_first, to_unit
+from covae_train.scoring import in_float64
+
+pytestmark = pytest.mark.slow
+
+# Of values up to a few units: float32 convolutions sum in another order.
+TOLERANCE = 1e-4
+# Nats. A mean's last bits, 1e-7, count r/D = 10³ and more times in each of 64 pixels.
+LOG_PROB_TOLERANCE = 0.05
+
+
+@pytest.fixture
+def latents(model) -> np.ndarray:
+    return model.latents(17, seed=0)
+
+
+@pytest.fixture
+def expected(network, latents):
+    """The density in torch."""
+    with torch.no_grad():
+        return network.density(torch.from_numpy(latents))
+
+
+def test_all_five_operations_are_served(model, runs):
+    assert set(model.operations) == set(Operation)
+    assert model.spec.run_digest == runs[model.name].digest
+
+
+def test_the_density_is_torchs(model, latents, expected):
+    density = model.decode(latents)
+
+    assert density.kind == expected.kind
+    np.testing.assert_allclose(density.mean, expected.mean, rtol=TOLERANCE, atol=TOLERANCE)
+    assert density.parameters.keys() == expected.parameters.keys()
+    for parameter, value in density.parameters.items():
+        wanted = np.broadcast_to(expected.parameters[parameter].numpy(), value.shape)
+        np.testing.assert_allclose(value, wanted, rtol=TOLERANCE, atol=TOLERANCE, err_msg=parameter)
+
+
+def test_a_latent_without_a_batch_axis_gives_the_same_density_without_one(model, latents):
+    single, batch = model.decode(latents[3]), model.decode(latents)
+
+    assert single.batch_shape == ()
+    np.testing.assert_array_equal(single.mean, batch.mean[3])
+
+
+def test_the_clients_log_density_is_torchs(model, latents, expected):
+    density = model.decode(latents)
+    drawn = density.sample(3, seed=1)
+
+    wanted = in_float64(expected).log_prob(torch.from_numpy(drawn).double())
+    np.testing.assert_allclose(density.log_prob(drawn), wanted, rtol=0, atol=LOG_PROB_TOLERANCE)
+    np.testing.assert_allclose(density.entropy(), in_float64(expected).entropy(), rtol=0, atol=LOG_PROB_TOLERANCE)
+
+
+def test_what_follows_from_fixed_pixels_is_torchs(model, latents, expected, held_out):
+    density = model.decode(latents)
+    pixels = channels_first(to_unit(held_out[: len(latents)]))
+    mask = np.random.default_rng(0).random((len(latents), 8, 8)) < 0.2
+
+    local = density.condition(mask, pixels)
+    wanted = in_float64(expected).condition(torch.from_numpy(mask), torch.from_numpy(pixels).double())
+    # A grey level is 4e-3. Fixing a pixel far from what the factor can do amplifies the factor's last bits.
+    np.testing.assert_allclose(local.mean, wanted.mean, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(local.marginal_variance(), wanted.marginal_variance(), rtol=1e-2, atol=1e-6)
+
+
+def test_the_posterior_is_torchs(model, network, held_out):
+    posterior = model.encode(held_out[:17])
+
+    with torch.no_grad():
+        wanted = network.posterior(torch.from_numpy(channels_first(to_unit(held_out[:17]))))
+    np.testing.assert_allclose(posterior.mean, wanted.mean, rtol=TOLERANCE, atol=TOLERANCE)
+    np.testing.assert_allclose(posterior.scale, wanted.scale, rtol=TOLERANCE, atol=TOLERANCE)
+    np.testing.assert_array_equal(model.encode(held_out[4]).mean, posterior.mean[4])

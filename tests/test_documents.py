@@ -1,0 +1,60 @@
+"""README and the guides name nothing that is not there: commands, their options, targets of make, files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from covae_client.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {str(file.relative_to(ROOT)): file for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+TEXTS = {name: file.read_text(encoding="utf-8") for name, file in DOCUMENTS.items()}
+# `code` in a sentence or a table; a line of a fenced or indented block.
+CODE = re.compile(r"`((?:covae|make) [^`]+)`|^(?:    )?((?:covae|make) [a-z]+.*)$", re.MULTILINE)
+
+
+def commands(program: str) -> list[str]:
+    """Every command of that program in the documents, comments and repeats aside."""
+    found = {inline or line for text in TEXTS.values() for inline, line in CODE.findall(text)}
+    return sorted({re.split(r"\s#", command)[0].strip() for command in found if command.startswith(f"{program} ")})
+
+
+@pytest.mark.parametrize("command", commands("covae"))
+def test_a_command_has_the_options_that_a_document_gives_it(command):
+    words = shlex.split(command)[1:]
+    group: Any = typer.main.get_command(app)
+    while hasattr(group, "list_commands"):
+        name = words.pop(0)
+        group = group.get_command(None, name)
+        assert group is not None, f"{command}: there is no {name}"
+        if not words:
+            return
+    if words[-1] == "…":  # "and so on"
+        return
+    group.make_context(name, words)  # raises what the command line would print
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_a_target_of_make_is_in_the_makefile(command):
+    target = command.split()[1]
+
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[name])
+
+    absent = [path for path in targets if "://" not in path and not (DOCUMENTS[name].parent / path).exists()]
+    assert absent == []
+
+
+def test_there_is_something_to_check():
+    assert len(commands("covae")) > 10
+    assert len(commands("make")) > 3

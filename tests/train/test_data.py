@@ -1,0 +1,309 @@
+"""Data sets by name, folder or parquet file: what comes out are the images that went in, and errors name the file."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from covae_client.errors import InvalidArgument
+from covae_train.data import SOURCES, load_images
+from covae_train.errors import DataError
+from covae_train.training import Trainer
+
+from .toys import tiny_config
+
+REAL_DATA = os.environ.get("COVAE_DATA")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """The datasets library's cache, away from the user's."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.delenv("COVAE_DATA", raising=False)
+
+
+def pictures(count, size=(9, 12), channels=3, seed=0):
+    shape = (count, *size) if channels == 1 else (count, *size, channels)
+    return np.random.default_rng(seed).integers(0, 256, size=shape, dtype=np.uint8)
+
+
+def write_folder(folder, arrays, names=None, **options):
+    for index, array in enumerate(arrays):
+        path = folder / (names[index] if names else f"{index:03}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path, **options)
+    return str(folder)
+
+
+def write_parquet(path, arrays, column="image"):
+    import datasets
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for array in arrays:
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    features = datasets.Features({column: datasets.Image(), "label": datasets.Value("int64")})
+    table = {column: rows, "label": list(range(len(rows)))}
+    datasets.Dataset.from_dict(table, features=features).to_parquet(str(path))
+    return str(path)
+
+
+def wire_order(tensor):
+    """(N, C, H, W) as a sorted list of the bytes of (H, W, C) images."""
+    return sorted(image.tobytes() for image in tensor.permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def test_digits_are_all_of_scikit_learns_in_order_on_the_whole_byte_range(digits):
+    from sklearn.datasets import load_digits
+
+    assert digits.train.shape == (1500, 1, 8, 8)
+    assert digits.held_out.shape == (297, 1, 8, 8)
+    assert digits.train.dtype == digits.held_out.dtype == torch.uint8
+    assert digits.image_shape == (8, 8, 1)
+    assert (int(digits.train.min()), int(digits.train.max())) == (0, 255)
+    together = torch.cat([digits.train, digits.held_out])[:, 0].numpy()
+    np.testing.assert_allclose(together, load_digits().images * (255 / 16), atol=0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_pngs_comes_out_unchanged_one_in_ten_held_out(channels, tmp_path):
+    arrays = pictures(20, channels=channels)
+    data = load_images(write_folder(tmp_path / "images", arrays))
+    assert data.image_shape == (9, 12, channels)
+    assert (len(data.train), len(data.held_out)) == (18, 2)
+    assert wire_order(torch.cat([data.train, data.held_out])) == sorted(array.tobytes() for array in arrays)
+
+
+def test_the_split_of_a_folder_is_the_same_every_time(tmp_path):
+    folder = write_folder(tmp_path / "images", pictures(20))
+    first, second = load_images(folder), load_images(folder)
+    torch.testing.assert_close(first.train, second.train, rtol=0, atol=0)
+    torch.testing.assert_close(first.held_out, second.held_out, rtol=0, atol=0)
+    assert first.digest == second.digest
+
+
+def test_no_image_of_a_folder_is_both_trained_on_and_held_out(tmp_path):
+    data = load_images(write_folder(tmp_path / "images", pictures(20)))
+    assert not set(wire_order(data.train)) & set(wire_order(data.held_out))
+
+
+@pytest.mark.parametrize("word", ["test", "train", "val", "eval"])
+def test_words_in_file_names_do_not_drop_the_other_files(word, tmp_path):
+    arrays = pictures(12)
+    names = [f"{word}_{index}.png" if index < 2 else f"{index}.png" for index in range(12)]
+    data = load_images(write_folder(tmp_path / "images", arrays, names))
+    assert wire_order(torch.cat([data.train, data.held_out])) == sorted(array.tobytes() for array in arrays)
+
+
+@pytest.mark.parametrize("held_out", ["test", "validation"])
+def test_subfolders_named_after_splits_are_the_splits(held_out, tmp_path):
+    arrays = pictures(7)
+    names = [f"train/{index}.png" if index < 5 else f"{held_out}/{index}.png" for index in range(7)]
+    data = load_images(write_folder(tmp_path / "images", arrays, names))
+    assert wire_order(data.train) == sorted(array.tobytes() for array in arrays[:5])
+    assert wire_order(data.held_out) == sorted(array.tobytes() for array in arrays[5:])
+
+
+def test_other_subfolders_belong_together(tmp_path):
+    arrays = pictures(6)
+    names = [f"{'cats' if index % 2 else 'dogs'}/{index}.png" for index in range(6)]
+    data = load_images(write_folder(tmp_path / "images", arrays, names))
+    assert len(data.train) + len(data.held_out) == 6
+
+
+def test_jpegs_are_read_nearly_as_they_were(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (16, 1))
+    data = load_images(write_folder(tmp_path / "images", [ramp] * 4, [f"{i}.jpg" for i in range(4)], quality=95))
+    assert data.image_shape == (16, 16, 1)
+    # JPEG at quality 95 moves a smooth ramp by a few grey levels.
+    assert int((data.train.int() - torch.from_numpy(ramp).int()).abs().max()) < 8
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    folder = write_folder(tmp_path / "images", pictures(6))
+    before = load_images(folder)
+    write_folder(tmp_path / "images", pictures(6, seed=1))
+    os.utime(tmp_path / "images" / "000.png", (1, 1))
+    after = load_images(folder)
+    assert before.digest != after.digest
+
+
+def test_a_parquet_file_comes_out_unchanged(tmp_path):
+    arrays = pictures(20)
+    data = load_images(write_parquet(tmp_path / "images.parquet", arrays))
+    assert (len(data.train), len(data.held_out)) == (18, 2)
+    assert wire_order(torch.cat([data.train, data.held_out])) == sorted(array.tobytes() for array in arrays)
+
+
+@pytest.mark.parametrize("held_out", ["test", "validation"])
+def test_names_are_looked_up_in_covae_data_with_their_splits_in_order(held_out, tmp_path, monkeypatch):
+    monkeypatch.setenv("COVAE_DATA", str(tmp_path))
+    arrays = pictures(7, channels=1)
+    write_parquet(tmp_path / "mnist" / "train.parquet", arrays[:5])
+    write_parquet(tmp_path / "mnist" / f"{held_out}.parquet", arrays[5:])
+    data = load_images("mnist")
+    np.testing.assert_array_equal(data.train[:, 0].numpy(), arrays[:5])
+    np.testing.assert_array_equal(data.held_out[:, 0].numpy(), arrays[5:])
+
+
+def test_faces_are_cut_to_64_and_grey_under_their_grey_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("COVAE_DATA", str(tmp_path))
+    write_parquet(tmp_path / "celeba" / "train.parquet", pictures(4, size=(109, 89)))
+    assert load_images("celeba").image_shape == (64, 64, 3)
+    assert load_images("celeba-gray").image_shape == (64, 64, 1)
+    assert load_images("celeba", image_size=(32, 24)).image_shape == (32, 24, 3)
+
+
+def test_covae_data_without_a_training_file_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("COVAE_DATA", str(tmp_path))
+    write_parquet(tmp_path / "mnist" / "test.parquet", pictures(4))
+    with pytest.raises(DataError, match=r"no train\.parquet here"):
+        load_images("mnist")
+
+
+def test_an_unknown_name_is_told_with_the_known_ones():
+    with pytest.raises(DataError, match=r"found 'minst'; expected one of digits, mnist, .* a folder of images"):
+        load_images("minst")
+
+
+@pytest.mark.parametrize("content", [None, "notes.txt"])
+def test_a_folder_without_images_is_told(content, tmp_path):
+    folder = tmp_path / "nothing"
+    folder.mkdir()
+    if content:
+        (folder / content).write_text("no image")
+    with pytest.raises(DataError, match=f"{folder}: cannot be read"):
+        load_images(str(folder))
+
+
+def test_a_single_image_cannot_be_split(tmp_path):
+    with pytest.raises(DataError, match=r"found 1 image\(s\); expected at least 2"):
+        load_images(write_folder(tmp_path / "one", pictures(1)))
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:60], lambda content: b"", lambda content: b"GIF89a" * 20])
+def test_a_corrupt_image_is_named(damage, tmp_path):
+    folder = write_folder(tmp_path / "images", pictures(6))
+    path = Path(folder, "003.png")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"images/003\.png: .*mend or remove it"):
+        load_images(folder)
+
+
+def test_a_corrupt_image_of_a_parquet_file_is_numbered(tmp_path):
+    import datasets
+
+    whole = io.BytesIO()
+    Image.fromarray(pictures(1)[0]).save(whole, "PNG")
+    rows = [{"bytes": whole.getvalue() if index != 2 else whole.getvalue()[:50], "path": None} for index in range(4)]
+    path = tmp_path / "train.parquet"
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(str(path))
+    with pytest.raises(DataError, match=r"image \d of the train split: "):
+        load_images(str(path))
+
+
+def test_a_parquet_file_without_images_is_told_with_its_columns(tmp_path):
+    import datasets
+
+    path = tmp_path / "numbers.parquet"
+    datasets.Dataset.from_dict({"label": [1, 2, 3]}).to_parquet(str(path))
+    with pytest.raises(DataError, match=r"found the columns \['label'\]; expected one of images"):
+        load_images(str(path))
+
+
+def test_unequal_sizes_are_told_and_an_image_size_makes_them_equal(tmp_path):
+    arrays = [*pictures(4), *pictures(4, size=(20, 30))]
+    folder = write_folder(tmp_path / "images", arrays)
+    with pytest.raises(DataError, match=r"its size is \(\d+, \d+\), the first image's \(\d+, \d+\): give --image-size"):
+        load_images(folder)
+    assert load_images(folder, image_size=(16, 10)).image_shape == (16, 10, 3)
+
+
+def test_colour_after_grey_is_told_and_channels_settle_it(tmp_path):
+    arrays = [*pictures(10, channels=1), *pictures(10, channels=3)]
+    names = [f"train/{index:03}.png" for index in range(20)]
+    folder = write_folder(tmp_path / "images", [*arrays, arrays[0]], [*names, "test/0.png"])
+    with pytest.raises(DataError, match=r"it has colour, the first image has none: give --channels"):
+        load_images(folder)
+    assert load_images(folder, channels=1).image_shape == (9, 12, 1)
+    assert load_images(folder, channels=3).image_shape == (9, 12, 3)
+
+
+@pytest.mark.parametrize("size", [(7, 20), (20, 7), (257, 16), (16, 257)])
+def test_sizes_from_8_to_256_are_taken_and_others_told(size, tmp_path):
+    folder = write_folder(tmp_path / "images", pictures(2, size=size))
+    with pytest.raises(DataError, match=rf"its size is {size[0]}x{size[1]}; expected 8 to 256 each way"):
+        load_images(folder)
+    with pytest.raises(DataError, match="expected 8 to 256 each way"):
+        load_images("digits", image_size=size)
+    assert load_images(folder, image_size=(8, 256)).image_shape == (8, 256, 3)
+
+
+def test_an_image_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path):
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:, 16:32] = 200
+    data = load_images(write_folder(tmp_path / "images", [wide, wide]), image_size=(8, 8))
+    # The middle third is the square that is kept; Lanczos reaches over the cut's edges.
+    assert int((data.train[..., 2:6].int() - 200).abs().max()) <= 12
+
+
+def test_digits_take_an_image_size_and_channels():
+    data = load_images("digits", image_size=(12, 10), channels=3)
+    assert data.image_shape == (12, 10, 3)
+    assert len(data.train) == 1500
+
+
+def test_two_channels_are_refused():
+    with pytest.raises(InvalidArgument, match="2 channels, expected 1"):
+        load_images("digits", channels=2)
+
+
+def test_mirroring_makes_sense_of_faces_and_objects_but_not_of_characters(digits, tmp_path):
+    assert {name for name, source in SOURCES.items() if source.flips} == set(SOURCES) - {"mnist"}
+    assert not digits.flips
+    assert not load_images(write_folder(tmp_path / "images", pictures(3))).flips
+
+
+def seen_images(trainer):
+    """The bytes of every image that the encoder saw while the run was trained."""
+    seen = []
+    hook = trainer.model.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    trainer.fit()
+    hook.remove()
+    return [image.contiguous().numpy().tobytes() for batch in seen for image in batch]
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_training_images_are_mirrored_half_of_the_time_if_and_only_if_asked(flips, few_digits, tmp_path):
+    trainer = Trainer(tiny_config(flips=flips, epochs=8, mean_epochs=0), few_digits, tmp_path / "run")
+    seen = seen_images(trainer)
+    unit = few_digits.train.float() / 255
+    as_they_are = {image.contiguous().numpy().tobytes() for image in unit}
+    mirrored = {image.flip(2).contiguous().numpy().tobytes() for image in unit} - as_they_are
+    assert len(seen) == 8 * 48
+    assert set(seen) <= as_they_are | mirrored
+    share = sum(image in mirrored for image in seen) / len(seen)
+    # 384 draws: four standard deviations are 0.1.
+    assert abs(share - (0.5 if flips else 0)) <= (0.1 if flips else 0)
+
+
+@pytest.mark.slow
+def test_the_real_mnist_has_60000_and_10000_grey_digits(monkeypatch):
+    if REAL_DATA is None or not Path(REAL_DATA, "mnist", "train.parquet").is_file():
+        pytest.skip("COVAE_DATA names no folder that holds mnist/train.parquet and mnist/test.parquet")
+    monkeypatch.setenv("COVAE_DATA", REAL_DATA)
+    data = load_images("mnist")
+    assert data.train.shape == (60000, 1, 28, 28)
+    assert data.held_out.shape == (10000, 1, 28, 28)
+    assert not data.flips
+    # The mean that everybody's preprocessing has for MNIST: 0.1307.
+    assert abs(float(data.train.float().mean()) / 255 - 0.1307) < 1e-3
