@@ -19,7 +19,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="folder of a trained run")],
     repository: Annotated[Path, typer.Option(help="Triton model repository to publish in")] = Path("model_repository"),
     name: Annotated[str | None, typer.Option(help="the model's name on the server  [the folder's name]")] = None,
-    score_samples: Annotated[int, typer.Option(min=1, max=1000, help="importance weights per call of score")] = 10,
+    score_samples: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="importance weights per call of score  [10 up to 64x64]")
+    ] = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="rows the server may put into one batch")] = 64,
     instances: Annotated[int, typer.Option(min=1, help="server processes per operation")] = 1,
     instance_kind: Annotated[str, typer.Option(help="cpu, gpu, or auto: the GPU where there is one")] = "cpu",

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,9 @@ from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 
 MODEL_FILE = "model.onnx"
+# What the batches of `score` may take, and what a pixel of one decoder pass takes: three float64 maps of width 64.
+SCORE_BYTES = 2 * 2**30
+SCORE_PIXEL_BYTES = 3 * 64 * 8
 CONFIG_FILE = "config.pbtxt"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -70,7 +73,7 @@ def export_run(
     repository: Path,
     name: str | None = None,
     *,
-    score_samples: int = 10,
+    score_samples: int | None = None,
     deployment: Deployment | None = None,
     on_operation: Callable[[Operation], None] = lambda operation: None,
 ) -> Exported:
@@ -87,7 +90,7 @@ def export_run(
     if not NAME_PATTERN.fullmatch(name):
         raise InvalidArgument(f"name: found {name!r}; expected letters, digits, '.', '_' and '-', as digits-sos")
     deployment = deployment or Deployment()
-    spec = describe(run, score_samples)
+    spec = describe(run, score_samples or default_score_samples(run.config.image_shape))
     staging = _staging_folder(repository)
     try:
         disagreements = []
@@ -120,9 +123,24 @@ def _stage(
     folder.mkdir()
     graph = build_graph(operation, model, spec.score_samples)
     convert(graph, spec, operation, folder / MODEL_FILE)
-    config = build_config(name, spec, operation, **vars(deployment))
+    config = build_config(name, spec, operation, **vars(_deployment_of(operation, spec, deployment)))
     (folder / CONFIG_FILE).write_text(to_text(config))
     return verify(model, spec, operation, folder / MODEL_FILE, deployment.threads)
+
+
+def _deployment_of(operation: Operation, spec: ModelSpec, deployment: Deployment) -> Deployment:
+    """Scoring decodes M latents a row in float64: its batches are kept to what SCORE_BYTES hold."""
+    if operation is not Operation.SCORE:
+        return deployment
+    height, width, _ = spec.image_shape
+    row_bytes = spec.score_samples * height * width * SCORE_PIXEL_BYTES
+    return replace(deployment, max_batch_size=max(1, min(deployment.max_batch_size, SCORE_BYTES // row_bytes)))
+
+
+def default_score_samples(image_shape: tuple[int, int, int]) -> int:
+    """M: 10 importance weights a row up to 64×64, fewer above, so that a row stays as dear."""
+    height, width, _ = image_shape
+    return max(1, min(10, 10 * 64 * 64 // (height * width)))
 
 
 def _next_version(repository: Path, name: str) -> int:

@@ -48,24 +48,6 @@ class MatMulConv(nn.Module):
         return total.reshape(-1, self.weight.shape[2], height, width) + self.bias
 
 
-class MatMulConvTranspose(nn.Module):
-    """nn.ConvTranspose2d as zeros between the pixels followed by a convolution with the mirrored kernel."""
-
-    def __init__(self, conv: nn.ConvTranspose2d) -> None:
-        super().__init__()
-        assert conv.bias is not None
-        weight = conv.weight.transpose(0, 1).flip(2, 3)
-        assert isinstance(conv.padding, tuple)
-        before = [k - 1 - p for k, p in zip(conv.kernel_size, conv.padding, strict=True)]
-        after = [b + o for b, o in zip(before, conv.output_padding, strict=True)]
-        self.stride = conv.stride[0]
-        self.conv = MatMulConv(weight, conv.bias, 1, (before[1], after[1], before[0], after[0]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        spread: Tensor = self.conv(_zeros_between(x, self.stride))
-        return spread
-
-
 class MatMulFirstLayer(nn.Module):
     """A stride-1 ConvTranspose2d of a single pixel, the decoder's first layer: one matrix product per image."""
 
@@ -82,21 +64,6 @@ class MatMulFirstLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         product = self.weight @ x.flatten(2)
         return product.reshape(-1, *self.shape) + self.bias
-
-
-def _zeros_between(x: Tensor, stride: int) -> Tensor:
-    """x with stride − 1 zeros between neighbours. shape: (…, H, W) → (…, stride·(H − 1) + 1, stride·(W − 1) + 1)"""
-    if stride == 1:
-        return x
-    height, width = x.shape[2], x.shape[3]
-    spread = nn.functional.pad(x[:, :, :, None, :, None], (0, stride - 1, 0, 0, 0, stride - 1))
-    spread = spread.reshape(-1, x.shape[1], height * stride, width * stride)
-    return spread[:, :, : stride * (height - 1) + 1, : stride * (width - 1) + 1]
-
-
-def in_float64(model: ImageModel) -> ImageModel:
-    """A float64 copy of the model, as torch computes it."""
-    return copy.deepcopy(model).double()
 
 
 class Affine(nn.Module):
@@ -134,8 +101,7 @@ def runnable_in_float64(model: ImageModel) -> ImageModel:
 def _replace(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.ConvTranspose2d):
-            single_pixel = child.stride == (1, 1) and child.padding == (0, 0) and child.kernel_size != (1, 1)
-            setattr(module, name, MatMulFirstLayer(child) if single_pixel else MatMulConvTranspose(child))
+            setattr(module, name, MatMulFirstLayer(child))
         elif isinstance(child, nn.Conv2d):
             setattr(module, name, MatMulConv.from_conv(child))
         elif isinstance(child, nn.BatchNorm2d):

@@ -50,6 +50,9 @@ class Probe:
 
 # Busy: stubs that together get this share of a core, or more.
 BUSY_SHARE = 0.05
+# Rest between probes in units of what the last one took, up to a limit: probes of a large model leave its cores to users.
+REST = 10
+MAX_REST_S = 30.0
 # Two failed probes within this time are a fault even if every process looks alive.
 FAILURES_WITHIN_S = 10.0
 SAMPLE_EVERY_S = 1.0
@@ -73,6 +76,7 @@ class Watch:
         self._failed_at: float | None = None
         self._unanswered_since: float | None = None
         self._overtaken_since: float | None = None
+        self._took_s = 0.0
         self._activity: Activity | None = None
 
     def check(self, now: float) -> Fault | None:
@@ -109,6 +113,8 @@ class Watch:
             self._overtaken_since = (self._overtaken_since or now) if overtook else None
             error = probe.answer.exception()
             if error is None:
+                self._took_s = now - probe.sent
+                self._due = max(self._due, now + min(REST * self._took_s, MAX_REST_S))
                 self._unanswered_since = min((left.sent for left in self._probes), default=None)
             elif error.code() not in NO_ANSWER:
                 return self._judge_failure(now, f"{error.code().name}: {error.details()}")
@@ -129,9 +135,10 @@ class Watch:
             self._activity = Activity(self._endpoint, self.model.model_name, self.stubs, since)
         self._activity.sample(now)
         silent, idle = now - self._activity.answered, now - self._activity.worked
-        if silent > self._timing.stuck_s or min(silent, idle) > self._timing.hang_s:
+        stuck_s = max(self._timing.stuck_s, REST * self._took_s)
+        if silent > stuck_s or min(silent, idle) > self._timing.hang_s:
             return Fault(f"it has not answered anybody for {silent:.0f} s", hung=True)
-        if self._overtaken_since is not None and now - self._overtaken_since > self._timing.stuck_s:
+        if self._overtaken_since is not None and now - self._overtaken_since > stuck_s:
             return Fault(f"one of its instances has not answered for {now - since:.0f} s", hung=True)
         return None
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -98,22 +102,51 @@ def network(runs, name) -> nn.Module:
     return runs[name].model
 
 
-@pytest.fixture
-def covae(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the `covae` command as a user does, in an empty folder; `server` is what COVAE_SERVER shall say."""
+class Command:
+    """The `covae` command as a user runs it, in a folder of its own."""
 
-    def run(*arguments: object, server: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        # A wide terminal, so that no table is folded; a cache of its own, so that nothing of the user's is touched.
-        changes = {"COLUMNS": "200", "HF_HOME": str(tmp_path / ".cache"), **environment}
-        changes |= {"COVAE_SERVER": server} if server else {}
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run it to its end; `environment` is added to this process's."""
         return subprocess.run(
             [str(COVAE), *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, **changes},
+            cwd=self._folder,
+            env=self._environment(environment),
             capture_output=True,
             text=True,
             timeout=COMMAND_TIMEOUT_S,
             check=False,
         )
 
-    return run
+    @contextmanager
+    def serving(self, *arguments: object) -> Iterator[Served]:
+        """`covae serve …` on free ports; at the context's end it gets a SIGINT and must end well."""
+        command = [str(COVAE), "serve", *map(str, arguments), "--port", "0", "--metrics-port", "0"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=self._folder, env=self._environment({}), text=True, **pipes) as process:
+            try:
+                address = re.fullmatch(r"gRPC +(\S+)\n", process.stdout.readline())
+                assert address, process.stderr.read()
+                yield Served(process.pid, address[1])
+                process.send_signal(signal.SIGINT)
+                assert process.wait(timeout=60) == 0
+            finally:
+                process.kill()
+
+    def _environment(self, changes: dict[str, str]) -> dict[str, str]:
+        # A wide terminal, so that no table is folded; a cache of its own, so that nothing of the user's is touched.
+        return {**os.environ, "COLUMNS": "200", "HF_HOME": str(self._folder / ".cache"), **changes}
+
+
+class Served(NamedTuple):
+    """A running `covae serve`."""
+
+    pid: int
+    address: str
+
+
+@pytest.fixture
+def covae(tmp_path) -> Command:
+    return Command(tmp_path)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import re
-import signal
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -18,7 +14,6 @@ from PIL import Image
 from covae_client import Client
 from covae_serving.regions import SHARED_MEMORY
 from covae_serving.stubs import find_stubs
-from tests.pipeline.conftest import COVAE
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +57,7 @@ def test_sample_writes_the_images_of_the_seed(covae, service, sos, tmp_path):
 
 
 def test_sample_writes_one_grid(covae, service, sos, tmp_path):
-    done = covae("sample", NAME, "-n", 4, "--noise-seed", 9, "--grid", "grid.png", server=service.grpc_address)
+    done = covae("sample", NAME, "-n", 4, "--noise-seed", 9, "--grid", "grid.png", COVAE_SERVER=service.grpc_address)
 
     assert done.returncode == 0, done.stderr
     grid, images = read(tmp_path / "grid.png"), sos.sample(4, seed=0, noise_seed=9)
@@ -82,7 +77,9 @@ def edit_file(tmp_path) -> Path:
 
 
 def test_edit_keeps_opaque_pixels_and_lets_the_rest_follow(covae, service, sos, edit_file, tmp_path):
-    done = covae("edit", NAME, edit_file, "--seed", 3, "--index", 5, "--out", "edits", server=service.grpc_address)
+    done = covae(
+        "edit", NAME, edit_file, "--seed", 3, "--index", 5, "--out", "edits", COVAE_SERVER=service.grpc_address
+    )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "mean.png and 2 samples: edits\n", "")
     mask = np.zeros((8, 8), dtype=bool)
@@ -112,7 +109,7 @@ def test_edit_begins_from_a_picture(covae, service, sos, held_out, edit_file, tm
 def test_edit_refuses_a_picture_without_transparency(covae, service, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "edit.jpg")
 
-    done = covae("edit", NAME, "edit.jpg", server=service.grpc_address)
+    done = covae("edit", NAME, "edit.jpg", COVAE_SERVER=service.grpc_address)
 
     assert done.returncode == 1
     assert done.stderr.startswith("error: edit.jpg: the edit has no transparency")
@@ -169,27 +166,13 @@ def test_a_model_that_is_not_served_is_one_line_on_stderr(covae, service):
     assert done.stderr.count("\n") == 1
 
 
-def test_serve_prints_its_address_answers_and_leaves_nothing(repository, sos):
-    command = [COVAE, "serve", NAME, "--repository", repository, "--operations", "sample"]
-    process = subprocess.Popen(
-        [*map(str, command), "--port", "0", "--metrics-port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            address = re.match(r"gRPC +(127\.0\.0\.1:\d+)\n", process.stdout.readline())
-            assert address, process.stderr.read()
-            with Client(address[1]) as client:
-                np.testing.assert_array_equal(client.model(NAME).sample(4, seed=0), sos.sample(4, seed=0))
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 0
-        finally:
-            process.kill()
+def test_serve_prints_its_address_answers_and_leaves_nothing(covae, repository, sos):
+    with (
+        covae.serving(NAME, "--repository", repository, "--operations", "sample") as served,
+        Client(served.address) as client,
+    ):
+        np.testing.assert_array_equal(client.model(NAME).sample(4, seed=0), sos.sample(4, seed=0))
 
-    prefix = f"covae-{process.pid}-"
+    prefix = f"covae-{served.pid}-"
     assert find_stubs(prefix) == []
-    left = [*SHARED_MEMORY.glob(f"{prefix}*"), *Path(tempfile.gettempdir()).glob(f"{prefix}*")]
-    assert left == []
-    assert not Path(f"/proc/{process.pid}").exists() or os.getpid() == process.pid
+    assert [*SHARED_MEMORY.glob(f"{prefix}*"), *Path(tempfile.gettempdir()).glob(f"{prefix}*")] == []

@@ -17,7 +17,7 @@ from covae_serving.service import Service
 
 pytestmark = pytest.mark.slow
 
-HEIGHT, WIDTH = 24, 17
+ODD_SIZE = HEIGHT, WIDTH = 24, 17
 
 
 @contextmanager
@@ -27,16 +27,17 @@ def serving(repository: Path, name: str, operations: list[str]) -> Iterator[Mode
         yield client.model(name)
 
 
-def write_blobs(folder: Path, count: int) -> np.ndarray:
+def write_blobs(folder: Path, count: int, size: tuple[int, int]) -> np.ndarray:
     """RGB pictures of a coloured blob on a coloured slope, as PNG files; they come back as (N, H, W, C)."""
     folder.mkdir()
     random = np.random.default_rng(0)
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
     pictures = []
     for index in range(count):
-        row, column, size = random.uniform((6, 4, 2), (18, 13, 5))
-        blob = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / size**2)[..., None]
-        picture = to_uint8(blob * random.random(3) + (1 - blob) * random.random(3) * (rows / HEIGHT)[..., None])
+        row, column, radius = random.uniform((height / 4, width / 4, 2), (height * 3 / 4, width * 3 / 4, 5))
+        blob = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / radius**2)[..., None]
+        picture = to_uint8(blob * random.random(3) + (1 - blob) * random.random(3) * (rows / height)[..., None])
         Image.fromarray(picture).save(folder / f"{index:03}.png")
         pictures.append(picture)
     return np.stack(pictures)
@@ -48,7 +49,7 @@ def succeed(done) -> None:
 
 @pytest.mark.parametrize("family", ["sos-vae", "beta-vae"])
 def test_a_folder_of_colour_pictures_of_odd_size_goes_all_the_way(covae, tmp_path, family):
-    pictures = write_blobs(tmp_path / "blobs", 60)
+    pictures = write_blobs(tmp_path / "blobs", 60, ODD_SIZE)
     small = ("--widths", "8,12,16", "--latent-size", 4, "--batch-size", 20, "--epochs", 2, "--mean-epochs", 1)
 
     succeed(covae("train", family, "--data", "blobs", *small))
@@ -71,6 +72,13 @@ def test_a_folder_of_colour_pictures_of_odd_size_goes_all_the_way(covae, tmp_pat
 
 def unit(images: np.ndarray) -> np.ndarray:
     return np.moveaxis(images, -1, -3) / np.float32(255)
+
+
+def test_a_narrow_model_trains_on_large_pictures(covae, tmp_path):
+    """torch's strided 1×1 convolutions corrupt memory on few channels in the channels-last layout (oneDNN 6035)."""
+    write_blobs(tmp_path / "blobs", 10, (64, 64))
+
+    succeed(covae("train", "beta-vae", "--data", "blobs", "--widths", "8,8", "--epochs", 2, "--threads", 1))
 
 
 def test_faces_from_a_parquet_file_at_64_by_64(covae, tmp_path):

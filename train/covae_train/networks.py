@@ -39,23 +39,40 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.path(x) + self.skip(kept))
 
 
+class Upsample(nn.Module):
+    """Each pixel twice each way, cut to `size`. shape: (B, C, h, w) → (B, C, H, W) with h = ⌈H/2⌉, w = ⌈W/2⌉"""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape[1:]
+        doubled = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+        return doubled.reshape(-1, channels, 2 * height, 2 * width)[:, :, : self.size[0], : self.size[1]]
+
+
 class UpsamplingBlock(nn.Module):
-    """The residual block with a transposed first convolution: doubles each size, less one where `odd` says so.
+    """The residual block after doubling each size, less one where `size` is odd.
+
+    The paper's block has transposed convolutions instead, with as many parameters. They give pixels of odd and even
+    rows different sums, so an untrained factor is full of checkerboards, and a short training keeps them: on MNIST the
+    second largest component was one (docs/results.md).
 
     shape: (B, in_width, h, w) → (B, out_width, H, W) with h = ⌈H/2⌉, w = ⌈W/2⌉
     """
 
     def __init__(self, in_width: int, out_width: int, size: tuple[int, int]) -> None:
         super().__init__()
-        padding = (1 - size[0] % 2, 1 - size[1] % 2)
         self.path = nn.Sequential(
-            nn.ConvTranspose2d(in_width, out_width, 3, 2, 1, output_padding=padding),
+            Upsample(size),
+            nn.Conv2d(in_width, out_width, 3, 1, 1),
             nn.BatchNorm2d(out_width),
             nn.ReLU(),
             nn.Conv2d(out_width, out_width, 3, 1, 1),
             nn.BatchNorm2d(out_width),
         )
-        self.skip = nn.ConvTranspose2d(in_width, out_width, 1, 2, output_padding=padding)
+        self.skip = nn.Sequential(nn.Conv2d(in_width, out_width, 1), Upsample(size))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.path(x) + self.skip(x))

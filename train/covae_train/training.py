@@ -42,6 +42,9 @@ from covae_train.threads import use_threads
 
 RECORD_EVERY_STEPS = 10
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+# Channels last is the faster layout. But fed fewer channels than this, torch's strided 1×1 convolutions then write past
+# their buffers in the backward pass (oneDNN issue 6035): wrong gradients, or a crash.
+MIN_CHANNELS_LAST = 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ class Trainer:
         self.device = torch.device(device)
         use_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.model = build_model(config).to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        narrow = min(config.widths) < MIN_CHANNELS_LAST
+        self.layout = torch.contiguous_format if narrow else torch.channels_last
+        self.model = build_model(config).to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
         self.multipliers = Multipliers(find_family(config.family).targets(config), config.damping).to(self.device)
         self.adam = torch.optim.Adam(self.model.parameters())
         self.dual = torch.optim.SGD(self.multipliers.parameters(), lr=config.multiplier_lr, maximize=True)
@@ -145,7 +150,7 @@ class Trainer:
         if self.config.flips:
             mirrored = torch.rand(len(images), generator=self.random) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return (images.to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
+        return (images.to(self.device).float() / 255).contiguous(memory_format=self.layout)
 
     def _train_step(self, images: Tensor) -> StepReport:
         start = time.perf_counter()
