@@ -91,6 +91,11 @@ class ExpLogSoftplus(nn.Module):
         return torch.relu(x) + torch.log(1 + torch.exp(-x.abs()))
 
 
+def in_float64(model: ImageModel) -> ImageModel:
+    """A float64 copy of the model, as torch computes it."""
+    return copy.deepcopy(model).double()
+
+
 def runnable_in_float64(model: ImageModel) -> ImageModel:
     """A copy of the model in which every module without a float64 kernel is replaced by one that computes the same."""
     model = copy.deepcopy(model)

@@ -50,7 +50,7 @@ class Probe:
 
 # Busy: stubs that together get this share of a core, or more.
 BUSY_SHARE = 0.05
-# Rest between probes in units of what the last one took, up to a limit: probes of a large model leave its cores to users.
+# Rest between probes, in units of what the last one took, up to a limit: large models' cores are for their users.
 REST = 10
 MAX_REST_S = 30.0
 # Two failed probes within this time are a fault even if every process looks alive.
