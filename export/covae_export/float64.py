@@ -1,7 +1,8 @@
 """A model in float64 that ONNX Runtime can run: its convolutions as matrix products, softplus as exp and log.
 
 A score needs float64 throughout: with D = 1e-5, the 1e-7 that float32 convolutions lose on a mean costs whole tenths of
-a nat. ONNX Runtime's CPU provider has no float64 Conv, ConvTranspose or Softplus, but it has MatMul, Exp and Log.
+a nat. ONNX Runtime's CPU provider has no float64 Conv, ConvTranspose, Resize or Softplus, but it has MatMul, Expand,
+Exp and Log.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from covae_train.image_model import ImageModel
+from covae_train.networks import Upsample
 
 
 class MatMulConv(nn.Module):
@@ -46,6 +48,19 @@ class MatMulConv(nn.Module):
         ]
         total = sum(products[1:], products[0])
         return total.reshape(-1, self.weight.shape[2], height, width) + self.bias
+
+
+class ExpandUpsample(nn.Module):
+    """networks.Upsample by broadcasting."""
+
+    def __init__(self, upsample: Upsample) -> None:
+        super().__init__()
+        self.size = upsample.size
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape[1:]
+        doubled = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+        return doubled.reshape(-1, channels, 2 * height, 2 * width)[:, :, : self.size[0], : self.size[1]]
 
 
 class MatMulFirstLayer(nn.Module):
@@ -107,6 +122,8 @@ def _replace(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.ConvTranspose2d):
             setattr(module, name, MatMulFirstLayer(child))
+        elif isinstance(child, Upsample):
+            setattr(module, name, ExpandUpsample(child))
         elif isinstance(child, nn.Conv2d):
             setattr(module, name, MatMulConv.from_conv(child))
         elif isinstance(child, nn.BatchNorm2d):

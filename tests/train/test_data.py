@@ -207,7 +207,7 @@ def test_a_corrupt_image_of_a_parquet_file_is_numbered(tmp_path):
     path = tmp_path / "train.parquet"
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(str(path))
-    with pytest.raises(DataError, match=r"image \d of the train split: "):
+    with pytest.raises(DataError, match=r"image \d of its split: "):
         load_images(str(path))
 
 

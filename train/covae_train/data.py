@@ -20,6 +20,7 @@ from covae_train.errors import DataError
 
 MIN_SIZE, MAX_SIZE = 8, 256
 HELD_OUT_SPLITS = ("test", "validation")
+ROW = "covae_row"
 GREY_MODES = ("1", "L", "LA", "I", "I;16")
 
 
@@ -86,9 +87,9 @@ def load_images(data: str, image_size: tuple[int, int] | None = None, channels: 
     train, held_out = _splits(data, source)
     image_size = image_size or (source.image_size if source else None)
     channels = channels or (source.channels if source else None)
-    train_images = _to_tensor(train, image_size, channels)
+    train_images = _to_tensor(data, train, image_size, channels)
     shape = (int(train_images.shape[2]), int(train_images.shape[3]))
-    held_out_images = _to_tensor(held_out, shape, int(train_images.shape[1]))
+    held_out_images = _to_tensor(data, held_out, shape, int(train_images.shape[1]))
     return ImageData(data, train_images, held_out_images, source.flips if source else False)
 
 
@@ -113,9 +114,14 @@ def _splits(data: str, source: Source | None) -> tuple[Any, Any]:
     if held_out is None:
         if len(train) < 2:
             raise DataError(f"{data}: found {len(train)} image(s); expected at least 2, one of them to hold out")
-        parts = train.train_test_split(test_size=max(1, len(train) // 10), seed=0)
-        train, held_out = parts["train"], parts["test"]
-    return _undecoded(train, data), _undecoded(held_out, data)
+        parts = _numbered(train).train_test_split(test_size=max(1, len(train) // 10), seed=0)
+        return _undecoded(parts["train"], data), _undecoded(parts["test"], data)
+    return _undecoded(_numbered(train), data), _undecoded(_numbered(held_out), data)
+
+
+def _numbered(dataset: Any) -> Any:
+    """With each row's number in its file, which errors tell after any shuffling."""
+    return dataset.add_column(ROW, range(len(dataset)))
 
 
 def _load(data: str, source: Source | None) -> Any:
@@ -160,25 +166,26 @@ def _undecoded(dataset: Any, data: str) -> Any:
 
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise DataError(f"{data}: found the columns {list(dataset.features)}; expected one of images")
-    return dataset.select_columns(columns[0]).cast_column(columns[0], datasets.Image(decode=False))
+        found = [name for name in dataset.features if name != ROW]
+        raise DataError(f"{data}: found the columns {found}; expected one of images")
+    return dataset.select_columns([columns[0], ROW]).cast_column(columns[0], datasets.Image(decode=False))
 
 
-def _to_tensor(dataset: Any, image_size: tuple[int, int] | None, channels: int | None) -> Tensor:
+def _to_tensor(data: str, dataset: Any, image_size: tuple[int, int] | None, channels: int | None) -> Tensor:
     try:
-        return _stack(_opened(dataset), image_size, channels)
+        return _stack(_opened(data, dataset), image_size, channels)
     except ImageFileError as error:
         raise DataError(f"{error}; mend or remove it and start again") from error
 
 
-def _opened(dataset: Any) -> Iterator[tuple[str, Image.Image]]:
-    (column,) = dataset.features
-    for index, row in enumerate(dataset):
+def _opened(data: str, dataset: Any) -> Iterator[tuple[str, Image.Image]]:
+    (column,) = set(dataset.features) - {ROW}
+    for row in dataset:
         content, path = row[column]["bytes"], row[column]["path"]
         if content is None:
             yield path, open_image(path)
         else:
-            yield (name := f"image {index} of the {dataset.split} split"), open_image(content, name)
+            yield (name := f"{data}: image {row[ROW]} of its split"), open_image(content, name)
 
 
 def _stack(
