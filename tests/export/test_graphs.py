@@ -12,11 +12,12 @@ import onnxruntime
 import pytest
 import torch
 
+from covae_client import images as client_images
 from covae_client.contract import NUMPY_DTYPES, Operation
 from covae_client.noise import Stream
 from covae_export.conversion import convert, example_inputs
 from covae_export.exporting import describe
-from covae_export.graphs import build_graph, build_reference
+from covae_export.graphs import build_graph, build_reference, to_uint8, to_unit
 from covae_train.families import build_model, make_config
 from covae_train.noise import standard_normal
 from covae_train.run import TrainedRun
@@ -97,6 +98,14 @@ def check_answers(path, model, spec, operation):
     for value, other in zip(session(path).run(None, whole), found, strict=True):
         assert value.tobytes() == other.tobytes()
     return whole, found
+
+
+def test_pixels_become_numbers_and_bytes_as_the_clients_do():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
+    torch.testing.assert_close(to_uint8(to_unit(pixels)), pixels, rtol=0, atol=0)
+    values = torch.cat([torch.linspace(-0.5, 1.5, 4001), torch.tensor([0.5, 1.5, 2.5, 254.5]) / 255])
+    found = to_uint8(values.reshape(1, 1, 1, -1)).flatten().numpy()
+    np.testing.assert_array_equal(found, client_images.to_uint8(values.numpy()))
 
 
 RESTARTED = """

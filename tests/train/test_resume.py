@@ -29,6 +29,7 @@ def assert_same_run(found, expected):
     rows = [[{**row, "seconds": 0} for row in read_metrics(run / "metrics.csv")] for run in (found, expected)]
     assert rows[0] == rows[1]
     assert len(rows[0]) > 3
+    assert float(theirs.tensors["multipliers.values.kl"]) > 0
 
 
 @pytest.fixture(scope="module")

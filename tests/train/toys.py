@@ -4,7 +4,8 @@ from covae_train.families import make_config
 from covae_train.training import Trainer
 
 TINY = {"data": "digits", "image_shape": (8, 8, 1), "widths": (8, 16), "latent_size": 4, "batch_size": 4}
-TINY |= {"epochs": 3, "mean_epochs": 1, "checkpoint_steps": 1000}
+# A KL target that is exceeded from the start, so that its multiplier has something to do.
+TINY |= {"epochs": 3, "mean_epochs": 1, "checkpoint_steps": 1000, "target_kl": 0.1}
 
 
 def tiny_config(family="sos-vae", **changes):
