@@ -21,8 +21,9 @@ CODE = re.compile(r"`((?:covae|make) [^`]+)`|^(?:    )?((?:covae|make) [a-z]+.*)
 
 def commands(program: str) -> list[str]:
     """Every command of that program in the documents, comments and repeats aside."""
-    found = {inline or line for text in TEXTS.values() for inline, line in CODE.findall(text)}
-    return sorted({re.split(r"\s#", command)[0].strip() for command in found if command.startswith(f"{program} ")})
+    lines = {inline or line for text in TEXTS.values() for inline, line in CODE.findall(text)}
+    found = {command.strip() for line in lines for command in re.split(r"\s#", line)[0].split("&&")}
+    return sorted(command for command in found if command.startswith(f"{program} "))
 
 
 @pytest.mark.parametrize("command", commands("covae"))

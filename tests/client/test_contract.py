@@ -36,9 +36,10 @@ def test_a_missing_parameter_is_named(name):
         ModelSpec.from_parameters(parameters)
 
 
-def test_text_that_is_no_json_is_refused():
-    with pytest.raises(InvalidArgument, match="not JSON"):
-        ModelSpec.from_parameters({**SPEC.to_parameters(), "rank": "twenty-five"})
+@pytest.mark.parametrize("malformed", [{"rank": "twenty-five"}, {"image_shape": "5"}, {"density_parameters": "[]"}])
+def test_text_that_is_no_json_or_of_another_kind_is_refused(malformed):
+    with pytest.raises(InvalidArgument, match=r"malformed: .*; export it again"):
+        ModelSpec.from_parameters({**SPEC.to_parameters(), **malformed})
 
 
 def test_another_contract_version_is_refused_with_both_versions():

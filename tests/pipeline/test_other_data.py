@@ -47,13 +47,12 @@ def succeed(done) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("family", ["sos-vae", "beta-vae"])
-def test_a_folder_of_colour_pictures_of_odd_size_goes_all_the_way(covae, tmp_path, family):
+def test_a_folder_of_colour_pictures_of_odd_size_goes_all_the_way(covae, tmp_path):
     pictures = write_blobs(tmp_path / "blobs", 60, ODD_SIZE)
     small = ("--widths", "8,12,16", "--latent-size", 4, "--batch-size", 20, "--epochs", 2, "--mean-epochs", 1)
 
-    succeed(covae("train", family, "--data", "blobs", *small))
-    succeed(covae("export", f"runs/blobs-{family}", "--name", "blobs"))
+    succeed(covae("train", "sos-vae", "--data", "blobs", *small))
+    succeed(covae("export", "runs/blobs-sos-vae", "--name", "blobs"))
 
     with serving(tmp_path / "model_repository", "blobs", ["sample", "decode", "condition", "score"]) as blobs:
         assert blobs.spec.image_shape == (HEIGHT, WIDTH, 3)
