@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import onnx
 import pytest
@@ -186,22 +187,25 @@ def test_the_deployment_is_written_into_every_configuration(repository):
 
 
 @pytest.mark.slow
-def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, tmp_path):
-    seen = []
-    first = export_run(runs["beta-vae"], tmp_path, "toy", on_operation=seen.append)
+def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, repository, tmp_path):
+    copied = tmp_path / "repository"
+    shutil.copytree(repository, copied)
+    before, seen = snapshot(copied), []
+    deployment = Deployment(max_batch_size=5)
+    second = export_run(runs["beta-vae"], copied, score_samples=3, deployment=deployment, on_operation=seen.append)
+    after = snapshot(copied)
+    assert second.version == 2
     assert seen == list(Operation)
-    before = snapshot(tmp_path)
-    second = export_run(runs["beta-vae"], tmp_path, "toy", score_samples=3, deployment=Deployment(max_batch_size=5))
-    after = snapshot(tmp_path)
-    assert (first.version, second.version) == (1, 2)
-    for path, content in before.items():
-        assert path.endswith("config.pbtxt") or after[path] == content
-    assert set(after) - set(before) == {
-        f"{operation.model_name('toy')}/2{file}" for operation in Operation for file in ("", "/model.onnx")
-    }
-    for operation in Operation:
-        config = read_config(tmp_path / operation.model_name("toy") / "config.pbtxt")
-        assert (config.max_batch_size, config.version_policy.latest.num_versions) == (5, 1)
+    entries = {operation: operation.model_name("beta-vae") for operation in Operation}
+    configs = {f"{entry}/config.pbtxt" for entry in entries.values()}
+    assert all(after[path] == content for path, content in before.items() if path not in configs)
+    added = {f"{entry}/2{file}" for entry in entries.values() for file in ("", "/model.onnx")}
+    assert set(after) - set(before) == added
+    for operation, entry in entries.items():
+        config = read_config(copied / entry / "config.pbtxt")
+        wanted = 5 if operation is not Operation.SCORE else config.max_batch_size
+        assert (config.max_batch_size, config.version_policy.latest.num_versions) == (wanted, 1)
+        assert json.loads(config.parameters["score_samples"].string_value) == 3
     assert {item.operation for item in second.disagreements} == set(Operation)
     assert all(item.acceptable for item in second.disagreements)
 

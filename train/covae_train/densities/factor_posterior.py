@@ -40,12 +40,18 @@ def gram(factor: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None)
     """
     total = torch.zeros((), dtype=torch.float64, device=factor.device).expand(1, factor.shape[1], factor.shape[1])
     count = max(ceil(factor.shape[-1] / BLOCK_COLUMNS), 1)
-    blocks: Iterator[Tensor] = (block.to(dtype or factor.dtype) for block in factor.chunk(count, dim=-1))
+    blocks: Iterator[Tensor] = (block.to(dtype or factor.dtype) for block in _columns(factor, count))
     if scale is not None:
-        blocks = _scaled(blocks, scale.to(dtype or factor.dtype).chunk(count, dim=-1))
+        blocks = _scaled(blocks, _columns(scale.to(dtype or factor.dtype), count))
     for block in blocks:
         total = total + block @ block.mT
     return total
+
+
+def _columns(array: Tensor, count: int) -> list[Tensor]:
+    """The last axis in `count` parts, by slices: Tensor.chunk exports to an operator that no CUDA kernel runs."""
+    width = max(ceil(array.shape[-1] / count), 1)
+    return [array[..., start : start + width] for start in range(0, array.shape[-1], width)]
 
 
 def _scaled(blocks: Iterator[Tensor], scales: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -93,7 +99,7 @@ class FactorPosterior:
             capacitance = self._capacitance()
             cholesky, sound = _sound_cholesky(capacitance, self._factor.dtype)
         if not sound:
-            raise not_positive_definite(float(capacitance.max()))
+            raise not_positive_definite(float(capacitance.detach().max()))
         return cholesky
 
     def _capacitance(self) -> Tensor:
