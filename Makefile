@@ -18,7 +18,7 @@ demo: .venv/.installed ## the main job on real images: train, export, serve, sam
 test: .venv/.installed ## every test, the slow ones against a real Triton too
 	$(BIN)/python -m pytest
 
-quick: .venv/.installed ## the tests that need no Triton
+quick: .venv/.installed ## the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow"
 
 check: .venv/.installed ## ruff, mypy --strict, both wheels, and every module from a clean environment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def _worse(first: float, second: float) -> float:
     return float(np.maximum(first, second))
 
 
-def refuse_unacceptable(disagreements: Iterator[Disagreement] | list[Disagreement]) -> None:
+def refuse_unacceptable(disagreements: Iterable[Disagreement]) -> None:
     """Raise if any output is too far from torch.
 
     Raises:
