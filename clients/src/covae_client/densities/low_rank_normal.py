@@ -250,7 +250,7 @@ class ConditionalLowRankNormal(Drawable):
         self._on = mask.astype(pixels.dtype)
         self._off = 1 - self._on
         self._fixed = pixels * self._on
-        self._columns, self._posterior = _observe(density, mask, self._on)
+        self._columns, self._counted, self._posterior = _observe(density, mask, self._on)
 
     @cached_property
     def mean(self) -> Array:
@@ -282,16 +282,19 @@ class ConditionalLowRankNormal(Drawable):
 
     def _agree(self, images: Array) -> Array:
         """Matheron's rule: move images (N, B, S) of the unconditional density so that they agree with the pixels."""
-        residual = self._fixed - images * self._on
-        noise = self._posterior.mean(_gather(residual, self._columns))
-        shifted = images + times(noise.astype(images.dtype), self._density._factor_rows)
-        return np.asarray(self._fixed + shifted * self._off)
+        residual = (_gather(self._fixed, self._columns) - _gather(images, self._columns)) * self._counted
+        noise = self._posterior.mean(residual)
+        shifted = times(noise.astype(images.dtype), self._density._factor_rows)
+        shifted += images
+        shifted *= self._off
+        shifted += self._fixed
+        return shifted
 
 
 def _observe(
     density: LowRankNormal, mask: NDArray[np.bool_], on: Array
-) -> tuple[NDArray[np.int64] | None, FactorPosterior]:
-    """The columns that a mask (M, S) touches, (M, n), or None for all; the factor's noise given these pixels.
+) -> tuple[NDArray[np.int64] | None, Array, FactorPosterior]:
+    """The columns that a mask (M, S) touches, (M, n), or None for all; the mask there; the factor's noise given them.
 
     on: the mask as numbers.
     """
@@ -299,19 +302,19 @@ def _observe(
     counts = np.count_nonzero(mask, axis=-1)
     fewest, most = int(counts.min()), int(counts.max())
     if fewest == mask.shape[-1]:
-        return None, density._posterior
+        return None, on, density._posterior
     if most > GATHERED_SHARE * mask.shape[-1]:
-        return None, FactorPosterior(factor, on, variance)
+        return None, on, FactorPosterior(factor, on, variance)
     columns = _masked_columns(mask, most)
     gathered = np.take(factor, columns[0], axis=-1) if len(columns) == 1 else _gather_each(factor, columns)
     local = variance if variance.shape[-1] == 1 else _gather(variance[None], columns)[0]
     counted = np.take_along_axis(on, columns, axis=-1)
-    return columns, FactorPosterior(gathered, counted, local, precise=most <= PRECISE_COLUMNS)
+    return columns, counted, FactorPosterior(gathered, counted, local, precise=most <= PRECISE_COLUMNS)
 
 
 def _masked_columns(mask: NDArray[np.bool_], most: int) -> NDArray[np.int64]:
     """Each row's masked columns, padded to the longest row with a column off the mask. shape: (M, n)"""
-    row, column = np.nonzero(mask)
+    row, column = np.divmod(np.flatnonzero(mask), mask.shape[-1])  # much faster than nonzero along two axes
     counts = np.count_nonzero(mask, axis=-1)
     place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     columns = np.repeat(mask.argmin(axis=-1)[:, None], most, axis=1)
