@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from math import ceil
 from typing import cast
 
@@ -38,33 +37,42 @@ def gram(factor: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None)
     Scaling both sides by the root of a weight reads one array where weighting one side would read two. dtype: the
     precision of the products, the factor's own if None.
     """
-    total = torch.zeros((), dtype=torch.float64, device=factor.device).expand(1, factor.shape[1], factor.shape[1])
-    count = max(ceil(factor.shape[-1] / BLOCK_COLUMNS), 1)
-    blocks: Iterator[Tensor] = (block.to(dtype or factor.dtype) for block in _columns(factor, count))
+    factor = factor.to(dtype or factor.dtype)
+    blocks = _columns(factor)
     if scale is not None:
-        blocks = _scaled(blocks, _columns(scale.to(dtype or factor.dtype), count))
-    for block in blocks:
-        total = total + block @ block.mT
+        scale = scale.to(factor.dtype)
+        recorded = torch.is_grad_enabled() and (factor.requires_grad or scale.requires_grad)
+        if not recorded and not exporting() and len(blocks) > 1:
+            return _gram_by_rows(factor, scale)
+        blocks = [block * part[:, None] for block, part in zip(blocks, _columns(scale), strict=True)]
+    products = [(block @ block.mT).double() for block in blocks]
+    return reduce(torch.add, products)
+
+
+def _columns(array: Tensor) -> list[Tensor]:
+    """The last axis in parts, by slices: Tensor.chunk exports to an operator that no CUDA kernel runs."""
+    count, width = _parts(array.shape[-1])
+    return [array[..., part * width : (part + 1) * width] for part in range(count)]
+
+
+def _parts(columns: int) -> tuple[int, int]:
+    """How many parts of at most BLOCK_COLUMNS, and how wide each."""
+    count = max(ceil(columns / BLOCK_COLUMNS), 1)
+    return count, max(ceil(columns / count), 1)
+
+
+def _gram_by_rows(factor: Tensor, scale: Tensor) -> Tensor:
+    """The same without gradients: what is scaled for one row's product is then still in the processor's cache."""
+    rows, rank, columns = max(len(factor), len(scale)), factor.shape[1], factor.shape[2]
+    count, width = _parts(columns)
+    scaled = factor.new_zeros(rank, count * width)
+    blocks = scaled.view(rank, count, width).transpose(0, 1)
+    total = factor.new_empty(rows, rank, rank, dtype=torch.float64)
+    pairs = zip(factor.expand(rows, -1, -1), scale.expand(rows, -1), total, strict=True)
+    for row, part, out in pairs:
+        torch.mul(row, part, out=scaled[:, :columns])
+        torch.sum(blocks @ blocks.mT, dim=0, dtype=torch.float64, out=out)
     return total
-
-
-def _columns(array: Tensor, count: int) -> list[Tensor]:
-    """The last axis in `count` parts, by slices: Tensor.chunk exports to an operator that no CUDA kernel runs."""
-    width = max(ceil(array.shape[-1] / count), 1)
-    return [array[..., start : start + width] for start in range(0, array.shape[-1], width)]
-
-
-def _scaled(blocks: Iterator[Tensor], scales: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Each block times its scale; without gradients in the same memory, so use a block before asking for the next."""
-    buffer: Tensor | None = None
-    for block, scale in zip(blocks, scales, strict=True):
-        recorded = torch.is_grad_enabled() and (block.requires_grad or scale.requires_grad)
-        if recorded or exporting():
-            yield block * scale[:, None]
-            continue
-        if buffer is None:
-            buffer = block.new_empty(max(len(block), len(scale)), *block.shape[1:])
-        yield torch.mul(block, scale[:, None], out=buffer[..., : block.shape[-1]])
 
 
 class FactorPosterior:

@@ -38,7 +38,7 @@ from covae_client.densities.slerp import slerp
 from covae_client.noise import Stream
 
 # Masks that touch more than this share of the columns are multiplied in, not gathered: a gather is a slow copy.
-GATHERED_SHARE = 1 / 4
+GATHERED_SHARE = 1 / 3
 # Up to this many gathered columns the R×R products are float64 throughout: they cost nothing.
 PRECISE_COLUMNS = 512
 
@@ -323,9 +323,12 @@ def _masked_columns(mask: NDArray[np.bool_], most: int) -> NDArray[np.int64]:
 
 
 def _gather_each(factor: Array, columns: NDArray[np.int64]) -> Array:
-    rows = len(columns)
-    each = np.broadcast_to(factor, (rows, *factor.shape[1:]))
-    return np.stack([np.take(each[row], columns[row], axis=-1) for row in range(rows)])
+    """Other columns (M, n) of each row of the factor (B or 1, R, S). shape: (M, R, n)"""
+    gathered = np.empty((len(columns), factor.shape[1], columns.shape[1]), factor.dtype)
+    rows = np.broadcast_to(factor, (len(columns), *factor.shape[1:]))
+    for row, chosen, out in zip(rows, columns, gathered, strict=True):
+        np.take(row, chosen, axis=-1, out=out, mode="clip")  # in any other mode take writes into a copy of out first
+    return gathered
 
 
 def _gather(rows: Array, columns: NDArray[np.int64] | None) -> Array:
