@@ -94,12 +94,8 @@ def _config(path: Path) -> ModelConfig:
 
 def _folders(repository: Path) -> list[tuple[str, Operation]]:
     """Every NAME and operation with a folder, sorted; folders of other Triton models are left alone."""
-    found = []
-    for path in sorted(repository.iterdir()):
-        name, _, suffix = path.name.rpartition("_")
-        if name and path.is_dir() and suffix in {operation.value for operation in Operation}:
-            found.append((name, Operation(suffix)))
-    return found
+    folders = (path.name for path in sorted(repository.iterdir()) if path.is_dir())
+    return [parts for folder in folders if (parts := Operation.parse(folder))]
 
 
 def _operation(text: str) -> Operation:

@@ -39,7 +39,7 @@ MAX_BATCH = 8
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Serves one model `toy`; `faults` are statuses that the next inferences fail with, in order."""
+    """Serves one model `toy`; `faults` are statuses that the next inferences fail with in order, None for an answer."""
 
     def __init__(self, spec=SPEC, operations=tuple(Operation)):
         self.spec = spec
@@ -47,6 +47,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.digests = {}
         self.faults = deque()
         self.always_fault = None
+        self.fault_details = "injected"
         self.delay_s = 0.0
         self.tamper = lambda outputs: outputs
         self.list_allowed = False
@@ -88,7 +89,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             fault = self.faults.popleft() if self.faults else self.always_fault
         try:
             if fault is not None:
-                context.abort(fault, "injected")
+                context.abort(fault, self.fault_details)
             time.sleep(self.delay_s)
             return self._answer(request)
         finally:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import grpc
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,8 +50,8 @@ def test_sample_writes_numbered_files_that_equal_the_librarys_images(covae, mode
 def test_sample_writes_one_grid_on_request(covae, model, tmp_path):
     assert covae("sample", "toy", "-n", 5, "--grid", "grid.png").stdout == "5 images: grid.png\n"
     grid = pixels(tmp_path / "grid.png")
-    assert grid.shape == (2 * 8 + 2, 3 * 7 + 2, 3)
-    np.testing.assert_array_equal(grid[10:16, 9:14], model.sample(5)[4])
+    assert grid.shape == (2 * 6 + 1, 3 * 5 + 2, 3)
+    np.testing.assert_array_equal(grid[7:, 6:11], model.sample(5)[4])
     assert not (tmp_path / "samples").exists()
 
 
@@ -109,6 +110,27 @@ def test_score_exits_with_0_if_all_is_well_and_its_json_has_no_nan(covae, tmp_pa
     result = covae("score", "toy", "a.png", "--num-samples", 1, "--json", "s.json")
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads((tmp_path / "s.json").read_text())["images"][0]["standard_error"] is None
+
+
+def test_what_was_scored_before_the_server_failed_is_written(covae, triton, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(300):
+        Image.new("L", (6, 6), number % 256).save(folder / f"{number:03d}.png")
+    triton.faults.extend([None] * 32 + [grpc.StatusCode.INTERNAL])  # after 32 requests of 8 images each
+    result = covae("score", "toy", folder, "--num-samples", 1, "--csv", "new/s.csv")
+    assert result.returncode == 1
+    assert "INTERNAL: injected" in result.stderr
+    rows = list(csv.DictReader((tmp_path / "new" / "s.csv").read_text().splitlines()))
+    assert [os.path.basename(row["file"]) for row in rows] == [f"{number:03d}.png" for number in range(256)]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(covae, triton, tmp_path):
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    result = covae("score", "toy", "a.png", "--csv", "/dev/null/s.csv")
+    assert result.stderr.startswith("error: /dev/null/s.csv: cannot be written: ")
+    assert covae("sample", "toy", "--grid", "a.png/grid.png").returncode == 1
+    assert triton.calls == 0
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,16 @@ def test_attempts_are_bounded(status, triton, model):
     assert triton.calls == 4
 
 
+def test_a_dead_process_is_asked_again_as_its_supervisor_starts_another(triton, model):
+    triton.fault_details = "Stub process 'toy_sample_0_0' is not healthy."  # Triton 2.51's words
+    triton.faults.extend([grpc.StatusCode.INTERNAL])
+    assert model.sample(1).shape == (1, 6, 5, 3)
+    assert triton.calls == 2
+    triton.always_fault = grpc.StatusCode.INTERNAL
+    with pytest.raises(errors.ConnectionFailed, match="starts another"):
+        model.sample(1)
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
@@ -89,6 +99,14 @@ def test_no_server_is_told_within_the_connect_timeout(free_port):
     assert time.monotonic() - began < 2
 
 
+def test_threads_that_wait_for_the_same_connection_wait_together(free_port):
+    with Client(f"localhost:{free_port}", timeout=Timeout(connect_s=0.5)) as client, ThreadPoolExecutor(8) as pool:
+        began = time.monotonic()
+        calls = [pool.submit(client.model, "toy") for _ in range(8)]
+        assert all(isinstance(call.exception(), errors.ConnectionFailed) for call in calls)
+        assert time.monotonic() - began < 8 * 0.5 / 2
+
+
 def test_a_client_waits_for_a_server_that_starts_late(triton, serve, free_port):
     def start_late():
         time.sleep(0.7)
@@ -118,6 +136,25 @@ def test_an_operation_that_is_not_served_is_not_found(triton, client):
     model = client.model("toy")
     assert model.operations == (Operation.DECODE, Operation.SAMPLE, Operation.CONDITION)
     with pytest.raises(errors.NotFound, match="'score', only decode, sample, condition"):
+        model.score(np.zeros((6, 5, 3), np.uint8))
+
+
+def test_an_operation_that_was_loading_when_the_model_was_opened_is_found_later(triton, client):
+    loading = Operation.SCORE.model_name("toy")
+    del triton.operations[loading]
+    model = client.model("toy")
+    triton.operations[loading] = Operation.SCORE
+    assert model.score(np.zeros((6, 5, 3), np.uint8)).elbo.shape == (1,)
+    assert model.operations == tuple(Operation)
+
+
+def test_an_operation_of_another_run_is_not_taken_for_the_missing_one(triton, client):
+    loading = Operation.SCORE.model_name("toy")
+    del triton.operations[loading]
+    model = client.model("toy")
+    triton.operations[loading] = Operation.SCORE
+    triton.digests[loading] = "another"
+    with pytest.raises(errors.ServerFault, match="another training run of it; open the model again"):
         model.score(np.zeros((6, 5, 3), np.uint8))
 
 

@@ -51,6 +51,11 @@ class LazyGroup(TyperGroup):
                 raise
             _print_error(str(error))
             raise typer.Exit(1) from None
+        except OSError as error:
+            if os.environ.get("COVAE_DEBUG") or error.strerror is None:
+                raise
+            _print_error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+            raise typer.Exit(1) from None
 
 
 def _entry_points() -> dict[str, EntryPoint]:
@@ -221,16 +226,21 @@ def score(
     """
     from covae_client import commands
 
-    with commands.open_model(name, server, timeout) as model:
-        rows = commands.score(model, paths, num_samples=num_samples, seed=seed)
-    commands.print_scores(rows)
-    for write, file in ((commands.write_csv, csv), (commands.write_json, json)):
-        if file is not None:
-            write(file, rows, name=name, num_samples=num_samples, seed=seed)
-            typer.echo(f"scores: {file}")
-    refused = [row for row in rows if row.error]
-    for row in refused:
-        _print_error(row.error)
+    commands.check_writable(csv, json)
+    rows: list[commands.FileScore] = []
+    try:
+        with commands.open_model(name, server, timeout) as model:
+            for row in commands.score(model, paths, num_samples=num_samples, seed=seed):
+                rows.append(row)
+    finally:  # What was scored before an error or an interrupt is not lost.
+        commands.print_scores(rows)
+        for write, file in ((commands.write_csv, csv), (commands.write_json, json)):
+            if file is not None and rows:
+                write(file, rows, name=name, num_samples=num_samples, seed=seed)
+                typer.echo(f"scores of {len(rows)} files: {file}")
+        refused = [row for row in rows if row.error]
+        for row in refused:
+            _print_error(row.error)
     if refused:
         raise typer.Exit(1)
 

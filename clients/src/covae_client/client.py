@@ -73,13 +73,22 @@ class Client:
                 f"{name}: {self._transport.address} serves no operation of a model of this name; check the name, or "
                 f"serve it with `covae serve {name}`"
             )
-        specs = {operation: _spec(config) for operation, config in configs.items()}
+        specs = {operation: ModelSpec.from_config(config) for operation, config in configs.items()}
         spec = next(iter(specs.values()))
         if any(other != spec for other in specs.values()):
             runs = ", ".join(f"{operation.value} {other.run_digest}" for operation, other in specs.items())
             raise ServerFault(f"{name}: its operations come from different training runs ({runs}); export it again")
         endpoints = {operation: _endpoint(name, operation, spec, config) for operation, config in configs.items()}
-        return Model(name, spec, endpoints, self._transport)
+
+        def look_again(operation: Operation) -> Endpoint | None:
+            config = self._config(name, operation)
+            if config is None:
+                return None
+            if ModelSpec.from_config(config) != spec:
+                raise ServerFault(f"{name}: the server now has another training run of it; open the model again")
+            return _endpoint(name, operation, spec, config)
+
+        return Model(name, spec, endpoints, self._transport, look_again)
 
     def models(self) -> dict[str, tuple[Operation, ...]]:
         """Names of the served models, sorted, each with its operations.
@@ -99,9 +108,9 @@ class Client:
             ) from error
         found: dict[str, list[Operation]] = {}
         for entry in index.models:
-            name, _, operation = entry.name.rpartition("_")
-            if name and entry.state == "READY" and operation in {known.value for known in Operation}:
-                found.setdefault(name, []).append(Operation(operation))
+            parts = Operation.parse(entry.name)
+            if parts and entry.state == "READY":
+                found.setdefault(parts[0], []).append(parts[1])
         return {name: tuple(operation for operation in Operation if operation in found[name]) for name in sorted(found)}
 
     def _config(self, name: str, operation: Operation) -> Any:
@@ -110,10 +119,6 @@ class Client:
         if not self._transport.call(served, "is_model_ready", served):
             return None
         return self._transport.call(served, "get_model_config", served).config
-
-
-def _spec(config: Any) -> ModelSpec:
-    return ModelSpec.from_parameters({name: value.string_value for name, value in config.parameters.items()})
 
 
 def _endpoint(name: str, operation: Operation, spec: ModelSpec, config: Any) -> Endpoint:

@@ -7,13 +7,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from math import ceil, isfinite, sqrt
+from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,13 +22,12 @@ from rich.text import Text
 from covae_client.arguments import integer
 from covae_client.client import Client
 from covae_client.errors import ImageFileError, InvalidArgument
-from covae_client.images import find_images, fit_image, load_edit, open_image
+from covae_client.images import contact_sheet, encode_png, find_images, fit_image, load_edit, open_image
 from covae_client.model import Model
 from covae_client.retry import Timeout
 
 # Images held in memory at a time.
 BLOCK = 256
-GRID_GAP = 2
 MAX_GRID_IMAGES = 10_000
 MAX_EDIT_SAMPLES = 10_000
 
@@ -65,6 +64,7 @@ def sample(
     integer("--number", number, 1, MAX_GRID_IMAGES if grid else 2**32)
     if grid is not None and grid.suffix.lower() != ".png":
         raise InvalidArgument(f"--grid: found {str(grid)!r}, expected the name of a file that ends in .png")
+    check_writable(grid or out / f"{start:04d}.png")
     kept: list[NDArray[np.uint8]] = []
     with _progress("sample", number) as report:
         for offset, count in _blocks(number):
@@ -78,7 +78,7 @@ def sample(
                 kept.append(images)
     if grid is None:
         return out
-    save_image(grid, tile(np.concatenate(kept)))
+    save_image(grid, contact_sheet(np.concatenate(kept)))
     return grid
 
 
@@ -95,6 +95,7 @@ def edit(
 ) -> Path:
     """Condition a model's image on an edit; writes mean.png and sample-K.png into `out`, which it returns."""
     integer("--samples", samples, 1, MAX_EDIT_SAMPLES)
+    check_writable(out / "mean.png")
     shape = model.spec.image_shape
     mask, pixels = load_edit(edit_file, shape)
     if image is None:
@@ -109,17 +110,17 @@ def edit(
     return out
 
 
-def score(model: Model, paths: Sequence[Path], *, num_samples: int, seed: int) -> list[FileScore]:
+def score(model: Model, paths: Sequence[Path], *, num_samples: int, seed: int) -> Iterator[FileScore]:
     """Score the images at `paths`, folders searched through; refused ones are among the rows, with their error.
 
     A file's place in the list picks its noise, whether files before it are refused or not.
     """
-    rows, files = _list_files(paths)
+    refused, files = _list_files(paths)
+    yield from refused
     with _progress("score", len(files)) as report:
         for offset, count in _blocks(len(files)):
             block = files[offset : offset + count]
-            rows += _score_block(model, block, offset, num_samples, seed, _shifted(report, offset))
-    return rows
+            yield from _score_block(model, block, offset, num_samples, seed, _shifted(report, offset))
 
 
 def _list_files(paths: Sequence[Path]) -> tuple[list[FileScore], list[Path]]:
@@ -171,6 +172,25 @@ def print_scores(rows: Sequence[FileScore]) -> None:
         Console().print(table)
 
 
+def check_writable(*files: Path | None) -> None:
+    """Make the folders of files that are to be written, before any work is done for them.
+
+    Raises:
+        InvalidArgument: a file cannot be written.
+    """
+    for file in files:
+        if file is not None:
+            _writing(file, partial(_check_writable, file))
+
+
+def _check_writable(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = not file.exists()
+    file.open("ab").close()
+    if new:
+        file.unlink()
+
+
 def write_csv(file: Path, rows: Sequence[FileScore], **_: Any) -> None:
     """Write one line per file; numbers in full, empty where a file was refused."""
 
@@ -201,27 +221,12 @@ def save_image(file: Path, image: NDArray[np.uint8]) -> None:
     Raises:
         InvalidArgument: the file cannot be written.
     """
-    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
     def write() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file, format="PNG")
+        file.write_bytes(encode_png(image))
 
     _writing(file, write)
-
-
-def tile(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """One picture of N images, row by row and about square, on white. images: (N, H, W, C) uint8."""
-    number, height, width, channels = images.shape
-    columns = ceil(sqrt(number))
-    lines = ceil(number / columns)
-    size = (lines * (height + GRID_GAP) + GRID_GAP, columns * (width + GRID_GAP) + GRID_GAP, channels)
-    picture = np.full(size, 255, dtype=np.uint8)
-    for index, image in enumerate(images):
-        top = GRID_GAP + index // columns * (height + GRID_GAP)
-        left = GRID_GAP + index % columns * (width + GRID_GAP)
-        picture[top : top + height, left : left + width] = image
-    return picture
 
 
 def _writing(file: Path, write: Callable[[], Result]) -> Result:

@@ -34,6 +34,13 @@ class Operation(str, Enum):
         """Triton's name of this operation of the model `name`: NAME_decode, NAME_encode, …"""
         return f"{name}_{self.value}"
 
+    @classmethod
+    def parse(cls, model_name: str) -> tuple[str, Operation] | None:
+        """NAME and operation of a Triton model's name; None if it is not made of these."""
+        name, _, suffix = model_name.rpartition("_")
+        known = {operation.value for operation in cls}
+        return (name, cls(suffix)) if name and suffix in known else None
+
 
 # Triton's dtype names beside NumPy's.
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -120,6 +127,15 @@ class ModelSpec:
     def to_parameters(self) -> dict[str, str]:
         """The `parameters` of a `config.pbtxt`: every field as JSON text."""
         return {name: json.dumps(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelSpec:
+        """Read a spec back from a model's configuration, a Triton `ModelConfig` message.
+
+        Raises:
+            InvalidArgument: as from_parameters.
+        """
+        return cls.from_parameters({name: value.string_value for name, value in config.parameters.items()})
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ModelSpec:

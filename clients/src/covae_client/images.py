@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,29 @@ def to_uint8(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     """Values in [0, 1] as bytes: clipped, times 255, rounded half to even; of the same shape."""
     scaled: NDArray[np.uint8] = np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
     return scaled
+
+
+def contact_sheet(images: NDArray[np.uint8], columns: int | None = None, gap: int = 1) -> NDArray[np.uint8]:
+    """One picture of N images in rows of `columns` (default: about square), `gap` white pixels apart.
+
+    images: (N, H, W, C) uint8, N ≥ 1; returns (H', W', C) uint8.
+    """
+    number, height, width, channels = images.shape
+    columns = columns or ceil(sqrt(number))
+    rows = ceil(number / columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = row * (height + gap), column * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """An image, (H, W, C) uint8 with C = 1 or 3, as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def channels_first(images: NDArray[Any]) -> NDArray[Any]:

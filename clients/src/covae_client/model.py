@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,12 +56,18 @@ class Model:
     """
 
     def __init__(
-        self, name: str, spec: ModelSpec, endpoints: Mapping[Operation, Endpoint], transport: Transport
+        self,
+        name: str,
+        spec: ModelSpec,
+        endpoints: Mapping[Operation, Endpoint],
+        transport: Transport,
+        look_again: Callable[[Operation], Endpoint | None],
     ) -> None:
         self.name = name
         self.spec = spec
         self._endpoints = dict(endpoints)
         self._transport = transport
+        self._look_again = look_again
 
     def __repr__(self) -> str:
         served = ", ".join(operation.value for operation in self.operations)
@@ -69,8 +75,8 @@ class Model:
 
     @property
     def operations(self) -> tuple[Operation, ...]:
-        """The operations that the server serves of this model."""
-        return tuple(self._endpoints)
+        """The operations that the server was seen to serve of this model."""
+        return tuple(operation for operation in Operation if operation in self._endpoints)
 
     def sample(
         self,
@@ -216,6 +222,11 @@ class Model:
 
     def _endpoint(self, operation: Operation) -> Endpoint:
         if operation not in self._endpoints:
+            # It may have been loading, or healing, when the model was opened.
+            found = self._look_again(operation)
+            if found is not None:
+                self._endpoints[operation] = found
+                return found
             served = ", ".join(other.value for other in self.operations)
             raise NotFound(
                 f"{self.name}: {self._transport.address} does not serve its operation {operation.value!r}, only "

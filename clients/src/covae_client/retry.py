@@ -35,7 +35,7 @@ class Timeout:
 
 @dataclass(frozen=True)
 class Retry:
-    """Ask again when a server was unavailable: at most `attempts` times in all, waiting longer each time.
+    """Ask again when a server was unavailable or a model's process died: `attempts` times in all, waiting ever longer.
 
     The wait before attempt k + 1 is drawn between half of and the whole of min(first_wait_s · 2^(k-1), longest_wait_s),
     so that clients do not come back all at once. Asking again is safe: every request carries its seeds, so it has the

@@ -52,6 +52,8 @@ CHANNEL_OPTIONS = (
 LOCAL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
+# How Triton tells, as INTERNAL, that a model's process died. Its supervisor starts another within a second or two.
+DEAD_PROCESS = "is not healthy"
 # What each gRPC status means to a caller, and what to do next. Retries happen on ConnectionFailed only.
 STATUS_ERRORS: Mapping[str, tuple[type[ServerError], str]] = {
     "UNAVAILABLE": (ConnectionFailed, "is the server running, not overloaded, and is this call allowed to clients?"),
@@ -105,6 +107,8 @@ class Transport:
         self._closed = Event()
         self._connected = False
         self._connecting = Lock()
+        self._attempts = 0
+        self._failure: ConnectionFailed | None = None
         self._triton = _triton_client(address, tls)
 
     def close(self) -> None:
@@ -184,6 +188,8 @@ class Transport:
     def _translated(self, action: str, error: Any) -> ServerError:
         status = str(error.status()).removeprefix("StatusCode.")
         kind, next_step = STATUS_ERRORS.get(status, OTHER_STATUS)
+        if status == "INTERNAL" and DEAD_PROCESS in str(error.message()):
+            kind, next_step = ConnectionFailed, "the model's process died; `covae serve` starts another"
         return kind(f"{action}: {self.address} says {status}: {error.message()} ({next_step})")
 
     def _connect(self) -> None:
@@ -191,10 +197,21 @@ class Transport:
             raise InvalidArgument("client: it is closed; open another one")
         if self._connected:
             return
+        attempts = self._attempts
         with self._connecting:
-            if not self._connected:
+            if self._connected:
+                return
+            if attempts != self._attempts and self._failure is not None:
+                # Another thread waited connect_s while this one waited for it: that was this one's wait too.
+                raise ConnectionFailed(str(self._failure))
+            try:
                 self._wait_until_live()
-                self._connected = True
+            except ConnectionFailed as failure:
+                self._failure = failure
+                raise
+            finally:
+                self._attempts += 1
+            self._connected = True
 
     def _wait_until_live(self) -> None:
         deadline = time.monotonic() + self._timeout.connect_s

@@ -10,13 +10,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
 from covae_client.contract import Operation
+from covae_client.images import contact_sheet
 from covae_serving.demo.tour import Images, Tour
 
-GAP = 1
-BACKGROUND = 255
 COLOURS = ("#0b6e99", "#d9730d")
 SET_COLOURS = ("#0b6e99", "#d9730d", "#8a8f98")
 STYLE: dict[Any, Any] = {
@@ -26,30 +24,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "figure.facecolor": "white",
 }
-
-
-def tile(images: Images, columns: int) -> bytes:
-    """Images in rows of `columns` as PNG, at their own size: the page enlarges them."""
-    return encode_png(_sheet(images, columns))
-
-
-def _sheet(images: Images, columns: int) -> Images:
-    """Images (N, H, W, C) in rows of `columns`, GAP pixels apart. shape: (H', W', C)"""
-    count, height, width, channels = images.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), BACKGROUND, np.uint8)
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        top, left = row * (height + GAP), column * (width + GAP)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
-
-
-def encode_png(image: Images) -> bytes:
-    """One image (H, W, C) as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def outlined(image: Images, mask: NDArray[np.bool_]) -> Images:
@@ -63,8 +37,8 @@ def outlined(image: Images, mask: NDArray[np.bool_]) -> Images:
 def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
     """README's picture: training images and samples of each model; an edit of the first model in three steps."""
     edit = tours[0].edit
-    panels = [("training images", _sheet(training[:20], 5))]
-    panels += [(f"samples, {tour.family}", _sheet(tour.samples[:20], 5)) for tour in tours]
+    panels = [("training images", contact_sheet(training[:20], 5))]
+    panels += [(f"samples, {tour.family}", contact_sheet(tour.samples[:20], 5)) for tour in tours]
     steps = [
         ("an image", edit.before),
         ("four pixels changed by hand", outlined(edit.pixels, edit.mask)),

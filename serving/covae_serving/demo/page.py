@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from covae_client.contract import Operation
-from covae_client.images import channels_last
+from covae_client.images import channels_last, contact_sheet, encode_png
 from covae_serving.demo import figures
 from covae_serving.demo.tour import SAMPLES, SCORE_SAMPLES, SWEEP, Edit, Images, Tour
 from covae_train.data import ImageData
@@ -202,7 +202,7 @@ def _row(parts: Sequence[str]) -> str:
 
 
 def _tiles(images: Images, columns: int, caption: str, width: int) -> str:
-    source = _data_url(figures.tile(images, columns))
+    source = _data_url(encode_png(contact_sheet(images, columns)))
     return (
         f'<figure><img class="pixels" width="{width}" alt="{escape(caption)}" src="{source}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"

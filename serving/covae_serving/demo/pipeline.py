@@ -103,8 +103,7 @@ def _published_digest(repository: Path, name: str) -> str | None:
     """The checkpoint that all five operations of a model were exported from; None if they are not all there."""
     try:
         served = [read_model(repository, name, operation) for operation in Operation]
-        parameters = [{key: v.string_value for key, v in model.config.parameters.items()} for model in served]
-        digests = {ModelSpec.from_parameters(values).run_digest for values in parameters}
+        digests = {ModelSpec.from_config(model.config).run_digest for model in served}
     except CovaeError:
         return None
     return digests.pop() if len(digests) == 1 else None
