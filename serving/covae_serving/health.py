@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from covae_serving.endpoint import Endpoint
+from covae_serving.connection import Connection
 from covae_serving.probe import probe_request
 from covae_serving.repository import ServedModel
 from covae_serving.stubs import STOPPED, Stub
@@ -64,11 +64,11 @@ class Watch:
     """Watches one model: sends it real inferences and judges what comes back, by gRPC status code only."""
 
     def __init__(
-        self, model: ServedModel, endpoint: Endpoint, stubs: Sequence[Stub], timing: Timing, due: float
+        self, model: ServedModel, connection: Connection, stubs: Sequence[Stub], timing: Timing, due: float
     ) -> None:
         self.model = model
         self.stubs = tuple(stubs)
-        self._endpoint = endpoint
+        self._connection = connection
         self._timing = timing
         self._request = probe_request(model.config)
         self._due = self._checked = due
@@ -103,7 +103,7 @@ class Watch:
     def _send(self, now: float) -> None:
         # Two at most: the one that waits, and one that shows whether the model answers others meanwhile.
         if len(self._probes) < 2:
-            self._probes.append(Probe(now, self._endpoint.infer(self._request, 2 * self._timing.stuck_s)))
+            self._probes.append(Probe(now, self._connection.infer(self._request, 2 * self._timing.stuck_s)))
             self._unanswered_since = self._unanswered_since or now
 
     def _judge_answers(self, now: float) -> Fault | None:
@@ -132,7 +132,7 @@ class Watch:
             self._activity = None
             return None
         if self._activity is None:
-            self._activity = Activity(self._endpoint, self.model.model_name, self.stubs, since)
+            self._activity = Activity(self._connection, self.model.model_name, self.stubs, since)
         self._activity.sample(now)
         silent, idle = now - self._activity.answered, now - self._activity.worked
         stuck_s = max(self._timing.stuck_s, REST * self._took_s)
@@ -149,9 +149,9 @@ class Activity:
     Both count from `since` (time.monotonic()) until `sample` has seen otherwise.
     """
 
-    def __init__(self, endpoint: Endpoint, model_name: str, stubs: Sequence[Stub], since: float) -> None:
+    def __init__(self, connection: Connection, model_name: str, stubs: Sequence[Stub], since: float) -> None:
         self.answered = self.worked = since
-        self._endpoint = endpoint
+        self._connection = connection
         self._model_name = model_name
         self._stubs = stubs
         self._sampled: float | None = None
@@ -171,6 +171,6 @@ class Activity:
 
     def _completed_rows(self) -> int | None:
         try:
-            return self._endpoint.completed_rows(self._model_name)
+            return self._connection.completed_rows(self._model_name)
         except grpc.RpcError:
             return self._rows

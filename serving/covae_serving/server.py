@@ -12,14 +12,14 @@ from pathlib import Path
 
 import grpc
 
-from covae_serving.endpoint import KEY_NAME, RESTRICTED, Endpoint
+from covae_serving.connection import KEY_NAME, RESTRICTED, Connection
 from covae_serving.health import NO_ANSWER, Timing
 from covae_serving.installation import find_installation, has_gpu
 from covae_serving.ports import choose_ports, is_free
 from covae_serving.probe import probe_request
 from covae_serving.process import TritonProcess
 from covae_serving.regions import Regions, remove_stale
-from covae_serving.repository import ServedModel
+from covae_serving.repository import ServedModel, read_model
 from covae_serving.stubs import STOPPED, Stub, find_stubs
 from covae_train.errors import ServingError
 
@@ -71,13 +71,13 @@ class Server:
         self.ports: tuple[int, int] | None = None
         self.stubs: dict[str, list[Stub]] = {}
         self._repository = repository
-        self._models = {model.model_name: model for model in models}
+        self.models = {model.model_name: model for model in models}
         self._host = "127.0.0.1" if host == "localhost" else host
         self._asked_ports = ports
         self._timing = timing
         self._stopping = stopping
         self._process: TritonProcess | None = None
-        self._endpoint: Endpoint | None = None
+        self._connection: Connection | None = None
         self._installation = find_installation()
         try:
             remove_stale()
@@ -91,11 +91,11 @@ class Server:
             raise ServingError(f"Triton's backends cannot be copied to the temp folder: {error}") from error
 
     @property
-    def endpoint(self) -> Endpoint:
+    def connection(self) -> Connection:
         """The connection to the Triton that runs now."""
-        if self._endpoint is None:
+        if self._connection is None:
             raise ServingError("Triton does not run; call launch() first")
-        return self._endpoint
+        return self._connection
 
     def launch(self) -> dict[str, str]:
         """Start Triton and wait until every model has been tried with a real inference.
@@ -108,6 +108,7 @@ class Server:
             Stopped: the service is being stopped.
         """
         if self.ports is not None:  # a restart keeps the addresses that clients know
+            self.models = {name: self._read_again(model) for name, model in self.models.items()}
             return self._start(self.ports)
         for _ in range(BIND_ATTEMPTS):
             ports = choose_ports(self._host, self._asked_ports)
@@ -121,12 +122,21 @@ class Server:
             return failures
         raise ServingError(f"{self._host}: other programs took the chosen ports {BIND_ATTEMPTS} times; try again")
 
+    def _read_again(self, model: ServedModel) -> ServedModel:
+        """The model as the repository has it now, and a new Triton will; if it is broken, that is Triton's to say."""
+        try:
+            return read_model(self._repository, model.name, model.operation)
+        except ServingError:
+            return model
+
     def exit_code(self) -> int | None:
         """None while Triton runs; negative: the signal that ended it."""
         return self._process.exit_code() if self._process else 0
 
     def reload(self, model_name: str, hung: bool) -> None:
-        """Load a model anew while the others answer, and try it with a real inference.
+        """Load a model anew, in the version that its siblings have, and try it with a real inference.
+
+        The others answer meanwhile.
 
         Raises:
             ModelRefusedError: the model cannot be loaded from the repository as it is now.
@@ -138,8 +148,8 @@ class Server:
             for stub in old:
                 stub.kill()
         try:
-            self.endpoint.unload(model_name, self._timing.reload_s)
-            self.endpoint.load(model_name, self._timing.reload_s)
+            self.connection.unload(model_name, self._timing.reload_s)
+            self.connection.load(model_name, self.models[model_name].pinned_config(), self._timing.reload_s)
         except grpc.RpcError as error:
             kind = ServingError if error.code() in NO_ANSWER else ModelRefusedError
             raise kind(f"{error.code().name}: {readable(error.details())}") from error
@@ -164,10 +174,10 @@ class Server:
         """Kill Triton with its stubs and remove its regions; `launch` may follow."""
         if self._process:
             self._process.close()
-        if self._endpoint:
-            self._endpoint.close()
+        if self._connection:
+            self._connection.close()
         self._regions.clear()
-        self._process = self._endpoint = None
+        self._process = self._connection = None
         self.stubs = {}
 
     def kill(self) -> None:
@@ -195,7 +205,7 @@ class Server:
         key, identity = secrets.token_hex(16), f"covae-{secrets.token_hex(8)}"
         # Triton listens on every interface for 0.0.0.0; this process needs one that it can connect to.
         near = "127.0.0.1" if self._host == "0.0.0.0" else self._host
-        self._endpoint = Endpoint(f"{near}:{ports[0]}", key)
+        self._connection = Connection(f"{near}:{ports[0]}", key)
         self._process = TritonProcess(self._command(ports, key, identity), self._installation.environment())
         deadline = time.monotonic() + self._timing.start_s
         try:
@@ -206,7 +216,7 @@ class Server:
         except BaseException:
             self.discard()
             raise
-        self.stubs = {name: self._find_stubs(name) for name in self._models}
+        self.stubs = {name: self._find_stubs(name) for name in self.models}
         return failures
 
     def _command(self, ports: tuple[int, int], key: str, identity: str) -> list[str]:
@@ -221,7 +231,7 @@ class Server:
             f"--model-repository={self._repository.resolve()}",
             f"--backend-directory={self._backends}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in self._models),
+            *(f"--load-model={name}" for name in self.models),
             # Covae's configs are complete; completing them would start every model's process twice.
             "--disable-auto-complete-config",
             # A broken model is reported by name; after a fault the healthy ones are served meanwhile.
@@ -241,7 +251,7 @@ class Server:
     def _answers_as(self, identity: str) -> bool:
         """Whether the server at the gRPC address is the one started with this id, not another program's."""
         with suppress(grpc.RpcError):
-            return self.endpoint.identity(CONNECT_S) == identity
+            return self.connection.identity(CONNECT_S) == identity
         return False
 
     def _wait_until(self, condition: Callable[[], bool], deadline: float) -> None:
@@ -255,17 +265,17 @@ class Server:
     def _failures(self, deadline: float) -> dict[str, str]:
         """Every model that does not answer a real inference, with its own error."""
         try:
-            unavailable = self.endpoint.unavailable()
+            unavailable = self.connection.unavailable()
         except grpc.RpcError as error:
             raise ServingError(f"Triton does not list its models: {error.details()}. {self._log_tail()}") from error
-        failures = {name: readable(reason) for name, reason in unavailable.items() if name in self._models}
-        rest = [name for name in self._models if name not in failures]
+        failures = {name: readable(reason) for name, reason in unavailable.items() if name in self.models}
+        rest = [name for name in self.models if name not in failures]
         return failures | self._try_models(rest, deadline - time.monotonic())
 
     def _try_models(self, names: Sequence[str], timeout_s: float) -> dict[str, str]:
         """Send each model one real inference; those that fail, with their errors."""
         deadline = time.monotonic() + timeout_s
-        answers = {name: self.endpoint.infer(probe_request(self._models[name].config), timeout_s) for name in names}
+        answers = {name: self.connection.infer(probe_request(self.models[name].config), timeout_s) for name in names}
         while not all(answer.done() for answer in answers.values()):
             self._check_patience(deadline + EXIT_S)
             time.sleep(POLL_S)
@@ -280,7 +290,7 @@ class Server:
 
     def _check_alive(self) -> None:
         try:
-            self.endpoint.identity(ALIVE_S)
+            self.connection.identity(ALIVE_S)
         except grpc.RpcError as error:
             raise ServingError(f"Triton itself does not answer: {error.code().name}") from error
 

@@ -19,8 +19,8 @@ from covae_train.errors import ServingError
 
 LOG = logging.getLogger("covae.serve")
 TICK_S = 0.1
-RETRY_FIRST_S = 2.0
-RETRY_LAST_S = 60.0
+BACKOFF_FIRST_S = 2.0
+BACKOFF_LAST_S = 60.0
 
 
 class Service:
@@ -168,7 +168,7 @@ class Service:
                     self._server.discard()
                     raise ServingError("\n".join(f"{name} does not answer: {why}" for name, why in failures.items()))
                 self._ready.set()
-                Supervisor(self.models, self._server, self._timing, self._stopping).run()
+                Supervisor(self._server, self._timing, self._stopping).run()
             finally:
                 self._server.stop()
         except Stopped:
@@ -184,15 +184,12 @@ class Service:
 class Supervisor:
     """Watches the models of one server and heals them until `stopping` says yes."""
 
-    def __init__(
-        self, models: Sequence[ServedModel], server: Server, timing: Timing, stopping: Callable[[], bool]
-    ) -> None:
-        self._models = {model.model_name: model for model in models}
+    def __init__(self, server: Server, timing: Timing, stopping: Callable[[], bool]) -> None:
         self._server = server
         self._timing = timing
         self._stopping = stopping
         self._watches: dict[str, Watch] = {}
-        self._broken: dict[str, Retry] = {}
+        self._broken: dict[str, Backoff] = {}
 
     def run(self) -> None:
         """Watch and heal."""
@@ -208,7 +205,7 @@ class Supervisor:
         code = self._server.exit_code()
         if code is not None:
             self._restart(f"Triton died ({describe_exit(code)})")
-        for name in self._models:
+        for name in self._server.models:
             now = time.monotonic()
             watch, retry = self._watches.get(name), self._broken.get(name)
             fault = watch.check(now) if watch else Fault("time to try it again") if retry and now >= retry.at else None
@@ -221,7 +218,7 @@ class Supervisor:
         self._watches = {}
 
     def _watch_all(self) -> None:
-        names = [name for name in self._models if name not in self._broken]
+        names = [name for name in self._server.models if name not in self._broken]
         # Spread over the interval, so that the probes do not meet on the same cores.
         step = self._timing.probe_every_s / max(1, len(names))
         self._watches = {name: self._watch(name, index * step) for index, name in enumerate(names)}
@@ -229,7 +226,7 @@ class Supervisor:
     def _watch(self, name: str, delay_s: float) -> Watch:
         server = self._server
         due = time.monotonic() + delay_s
-        return Watch(self._models[name], server.endpoint, server.stubs[name], self._timing, due)
+        return Watch(self._server.models[name], server.connection, server.stubs[name], self._timing, due)
 
     def _heal(self, name: str, fault: Fault) -> None:
         began = time.monotonic()
@@ -256,7 +253,7 @@ class Supervisor:
         began = time.monotonic()
         LOG.error("%s; starting Triton again", reason)
         self._forget_all()
-        retry = Retry()
+        retry = Backoff()
         while not self._launch_again():
             retry = retry.next()
             LOG.error("next try in %.0f s", retry.delay_s)
@@ -280,21 +277,21 @@ class Supervisor:
         return True
 
     def _give_up_for_now(self, name: str, why: str) -> None:
-        retry = self._broken.get(name, Retry()).next()
+        retry = self._broken.get(name, Backoff()).next()
         self._broken[name] = retry
         LOG.error("%s: does not answer: %s; next try in %.0f s, the others are served", name, why, retry.delay_s)
 
 
-class Retry:
+class Backoff:
     """When to try again: after 2, 4, 8, … 60 s."""
 
-    def __init__(self, delay_s: float = RETRY_FIRST_S / 2) -> None:
+    def __init__(self, delay_s: float = BACKOFF_FIRST_S / 2) -> None:
         self.delay_s = delay_s
         self.at = time.monotonic() + delay_s
 
-    def next(self) -> Retry:
+    def next(self) -> Backoff:
         """The try after this one, counted from now."""
-        return Retry(min(RETRY_LAST_S, 2 * self.delay_s))
+        return Backoff(min(BACKOFF_LAST_S, 2 * self.delay_s))
 
 
 def describe_exit(code: int) -> str:

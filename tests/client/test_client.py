@@ -31,13 +31,20 @@ def test_attempts_are_bounded(status, triton, model):
     assert triton.calls == 4
 
 
-def test_a_dead_process_is_asked_again_as_its_supervisor_starts_another(triton, model):
-    triton.fault_details = "Stub process 'toy_sample_0_0' is not healthy."  # Triton 2.51's words
-    triton.faults.extend([grpc.StatusCode.INTERNAL])
+@pytest.mark.parametrize(
+    ("status", "details"),
+    [
+        (grpc.StatusCode.INTERNAL, "Stub process 'toy_sample_0_0' is not healthy."),
+        (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'toy_sample' has no available versions"),
+    ],
+)
+def test_a_model_that_is_being_healed_is_asked_again(status, details, triton, model):
+    triton.fault_details = details
+    triton.faults.append(status)
     assert model.sample(1).shape == (1, 6, 5, 3)
     assert triton.calls == 2
-    triton.always_fault = grpc.StatusCode.INTERNAL
-    with pytest.raises(errors.ConnectionFailed, match="starts another"):
+    triton.always_fault = status
+    with pytest.raises(errors.ConnectionFailed, match="loads a model anew"):
         model.sample(1)
 
 

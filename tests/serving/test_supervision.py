@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import onnx
 import pytest
+from tritonclient.grpc.service_pb2 import ModelConfigRequest
 
 from covae_client.contract import Operation
 from covae_serving.health import Timing
@@ -93,6 +94,36 @@ def test_a_hung_process_is_replaced(caller, own_stubs, caplog, during_a_request)
     assert caller.score(np.array([[1]]))["log_weight"].shape == (1, 1)
     if during_a_request:
         assert answer.exception() is not None
+
+
+def export_again(folder: Path) -> None:
+    """Publish version 2 of the toy's sample, whose latents are 1,000 larger, beside version 1."""
+    graph = onnx.load(folder / "1" / "model.onnx")
+    table = next(constant for constant in graph.graph.initializer if constant.name == "table")
+    table.CopyFrom(onnx.numpy_helper.from_array(1000 + onnx.numpy_helper.to_array(table), "table"))
+    (folder / "2").mkdir()
+    onnx.save(graph, folder / "2" / "model.onnx")
+    text = (folder / "config.pbtxt").read_text()
+    (folder / "config.pbtxt").write_text(text.replace("max_batch_size: 64", "max_batch_size: 32"))
+
+
+def test_a_healed_model_keeps_its_version_and_a_new_triton_takes_the_newest(service, caller, own_stubs, caplog):
+    folder = service.models[1].folder
+    assert folder.name == "toy_sample"
+    first = caller.infer("toy_sample", **SEEDS)["latent"]
+    export_again(folder)
+    os.kill(own_stubs(model_name="toy_sample")[0].pid, signal.SIGKILL)
+    until(lambda: "toy_sample: answers again after" in caplog.text)
+
+    np.testing.assert_array_equal(caller.infer("toy_sample", **SEEDS)["latent"], first)
+    assert caller.stub.ModelConfig(ModelConfigRequest(name="toy_sample")).config.max_batch_size == 64
+
+    os.kill(os.getpgid(own_stubs()[0].pid), signal.SIGKILL)
+    until(lambda: "Triton answers again after" in caplog.text)
+    answers_again(lambda: caller.infer("toy_sample", timeout_s=5, **SEEDS))
+
+    np.testing.assert_array_equal(caller.infer("toy_sample", **SEEDS)["latent"], 1000 + first)
+    assert caller.stub.ModelConfig(ModelConfigRequest(name="toy_sample")).config.max_batch_size == 32
 
 
 def test_one_dead_instance_of_two_is_replaced(tmp_path, write_toy, serve, connect, own_stubs, caplog):

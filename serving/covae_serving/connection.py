@@ -13,7 +13,7 @@ CALL_S = 5.0
 STATISTICS_S = 0.25
 
 
-class Endpoint:
+class Connection:
     """A connection to one Triton; every call may raise grpc.RpcError."""
 
     def __init__(self, address: str, key: str) -> None:
@@ -45,9 +45,10 @@ class Endpoint:
         index = self._stub.RepositoryIndex(messages.RepositoryIndexRequest(), timeout=CALL_S, metadata=self._admin)
         return {model.name: model.reason for model in index.models if model.state not in ("READY", "")}
 
-    def load(self, model_name: str, timeout_s: float) -> None:
-        """Load a model; returns once it has loaded."""
+    def load(self, model_name: str, config: str, timeout_s: float) -> None:
+        """Load a model with this configuration (JSON) in the place of its file's; returns once it has loaded."""
         request = messages.RepositoryModelLoadRequest(model_name=model_name)
+        request.parameters["config"].string_param = config
         self._stub.RepositoryModelLoad(request, timeout=timeout_s, metadata=self._admin)
 
     def unload(self, model_name: str, timeout_s: float) -> None:
