@@ -47,7 +47,6 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.digests = {}
         self.faults = deque()
         self.always_fault = None
-        self.fault_details = "injected"
         self.delay_s = 0.0
         self.tamper = lambda outputs: outputs
         self.list_allowed = False
@@ -89,7 +88,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             fault = self.faults.popleft() if self.faults else self.always_fault
         try:
             if fault is not None:
-                context.abort(fault, self.fault_details)
+                context.abort(fault, "injected")
             time.sleep(self.delay_s)
             return self._answer(request)
         finally:

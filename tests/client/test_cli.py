@@ -117,10 +117,10 @@ def test_what_was_scored_before_the_server_failed_is_written(covae, triton, tmp_
     folder.mkdir()
     for number in range(300):
         Image.new("L", (6, 6), number % 256).save(folder / f"{number:03d}.png")
-    triton.faults.extend([None] * 32 + [grpc.StatusCode.INTERNAL])  # after 32 requests of 8 images each
+    triton.faults.extend([None] * 32 + [grpc.StatusCode.INVALID_ARGUMENT])  # after 32 requests of 8 images each
     result = covae("score", "toy", folder, "--num-samples", 1, "--csv", "new/s.csv")
     assert result.returncode == 1
-    assert "INTERNAL: injected" in result.stderr
+    assert "INVALID_ARGUMENT: injected" in result.stderr
     rows = list(csv.DictReader((tmp_path / "new" / "s.csv").read_text().splitlines()))
     assert [os.path.basename(row["file"]) for row in rows] == [f"{number:03d}.png" for number in range(256)]
 

@@ -19,6 +19,7 @@ import onnx
 import pytest
 from tritonclient.grpc.service_pb2 import ModelConfigRequest
 
+from covae_client import Client
 from covae_client.contract import Operation
 from covae_serving.health import Timing
 from covae_serving.service import Service
@@ -78,6 +79,14 @@ def test_a_killed_process_is_replaced_while_other_models_answer(caller, own_stub
     assert "toy_decode: its process" in caplog.text
     assert "toy_sample" not in caplog.text
     assert len(traces()) == regions, "the killed process's region is still there"
+
+
+def test_a_client_gets_its_images_through_a_healing(service, own_stubs):
+    with Client(service.grpc_address) as client:
+        model = client.model("toy")
+        before = model.sample(4)
+        os.kill(own_stubs(model_name="toy_sample")[0].pid, signal.SIGKILL)
+        np.testing.assert_array_equal(model.sample(4), before)
 
 
 @pytest.mark.parametrize("during_a_request", [False, True])

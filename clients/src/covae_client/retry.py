@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from threading import Event
 from typing import TypeVar
 
-from covae_client.errors import ConnectionFailed, InvalidArgument
+from covae_client.errors import ConnectionFailed, InvalidArgument, NotFound, ServerFault
 
 Result = TypeVar("Result")
+
+# A model whose process died answers INTERNAL, then NOT_FOUND while its supervisor loads it anew.
+ASKED_AGAIN = (ConnectionFailed, ServerFault, NotFound)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Timeout:
 
 @dataclass(frozen=True)
 class Retry:
-    """Ask again when a server was unavailable or a model's process died: `attempts` times in all, waiting ever longer.
+    """Ask again when a server was unavailable or failed: at most `attempts` times in all, waiting longer each time.
 
     The wait before attempt k + 1 is drawn between half of and the whole of min(first_wait_s · 2^(k-1), longest_wait_s),
     so that clients do not come back all at once. Asking again is safe: every request carries its seeds, so it has the
@@ -63,17 +66,17 @@ class Retry:
 
 
 def with_retries(call: Callable[[float], Result], *, retry: Retry, request_s: float, stop: Event) -> Result:
-    """Run `call(seconds left)` until it no longer raises ConnectionFailed, attempts or time run out, or `stop` is set.
+    """Run `call(seconds left)` until it no longer raises ASKED_AGAIN, attempts or time run out, or `stop` is set.
 
     Raises:
-        ConnectionFailed: that of the last attempt.
+        ServerError: that of the last attempt.
     """
     deadline = time.monotonic() + request_s
     failures = 0
     while True:
         try:
             return call(deadline - time.monotonic())
-        except ConnectionFailed:
+        except ASKED_AGAIN:
             failures += 1
             wait_s = retry.wait_s(failures)
             too_late = time.monotonic() + wait_s >= deadline

@@ -52,9 +52,7 @@ CHANNEL_OPTIONS = (
 LOCAL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
-# How Triton 2.51 tells that a model's process died, and that the model is being loaded anew: it soon answers again.
-PASSING_FAULTS = (("INTERNAL", "is not healthy"), ("NOT_FOUND", "has no available versions"))
-# What each gRPC status means to a caller, and what to do next. Retries happen on ConnectionFailed only.
+# What each gRPC status means to a caller, and what to do next; `retry.py` says which are asked again.
 STATUS_ERRORS: Mapping[str, tuple[type[ServerError], str]] = {
     "UNAVAILABLE": (ConnectionFailed, "is the server running, not overloaded, and is this call allowed to clients?"),
     "CANCELLED": (ConnectionFailed, "the server may be shutting down"),
@@ -188,8 +186,6 @@ class Transport:
     def _translated(self, action: str, error: Any) -> ServerError:
         status = str(error.status()).removeprefix("StatusCode.")
         kind, next_step = STATUS_ERRORS.get(status, OTHER_STATUS)
-        if any(status == fault and words in str(error.message()) for fault, words in PASSING_FAULTS):
-            kind, next_step = ConnectionFailed, "`covae serve` loads a model anew whose process died"
         return kind(f"{action}: {self.address} says {status}: {error.message()} ({next_step})")
 
     def _connect(self) -> None:
