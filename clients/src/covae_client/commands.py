@@ -95,9 +95,9 @@ def edit(
 ) -> Path:
     """Condition a model's image on an edit; writes mean.png and sample-K.png into `out`, which it returns."""
     integer("--samples", samples, 1, MAX_EDIT_SAMPLES)
-    check_writable(out / "mean.png")
     shape = model.spec.image_shape
     mask, pixels = load_edit(edit_file, shape)
+    check_writable(out / "mean.png")
     if image is None:
         latent = model.latents(1, seed=seed, start=index)[0]
     else:
