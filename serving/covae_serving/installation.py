@@ -9,13 +9,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from covae_train.errors import ServingError
 
 STUB = "triton_python_backend_stub"
+STUB_TRIAL_S = 10.0
 OWN_BACKEND = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
 
 
@@ -50,20 +53,39 @@ class Installation:
         environment = dict(os.environ)
         # The stub embeds whichever python3 comes first on PATH: it must be the one that has onnxruntime.
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        if self.libraries:
-            known = [path for path in [os.environ.get("LD_LIBRARY_PATH")] if path]
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.libraries), *known])
+        # Last, so that of its folder only what nobody else has is taken: the library that this Python is linked with.
+        places = [self.libraries, os.environ.get("LD_LIBRARY_PATH"), _python_library_folder()]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(str(place) for place in places if place)
         # NumPy's own thread pools do no work in a stub; each would cost threads and memory.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             environment.setdefault(name, "1")
         return environment
+
+    def check_python_library(self) -> None:
+        """See whether the stub finds Python's shared library, which some systems package apart.
+
+        Raises:
+            ServingError: it does not; Triton would wait for the stub in vain.
+        """
+        library = f"libpython{sys.version_info.major}.{sys.version_info.minor}"
+        # Without arguments the stub only complains of that, if it starts at all.
+        trial = subprocess.run(
+            [self.stub], env=self.environment(), capture_output=True, text=True, timeout=STUB_TRIAL_S, check=False
+        )
+        if trial.returncode and "libpython" in trial.stderr:
+            raise ServingError(
+                f"{trial.stderr.strip()}; Triton embeds Python as a shared library, which {sys.executable} lacks: "
+                f"Debian and Ubuntu have it in a package of its own ({library}); conda's and uv's Pythons bring it "
+                "along, and so do pyenv's built with --enable-shared"
+            )
 
 
 def find_installation() -> Installation:
     """The `tritonserver` on PATH, else the wheel's.
 
     Raises:
-        ServingError: there is none, or it has no Python backend for this Python; the message says what to install.
+        ServingError: there is none, it has no Python backend for this Python, or Python has no shared library; the
+            message says what to install.
     """
     on_path = shutil.which("tritonserver")
     installation = _from_root(Path(on_path)) if on_path else _from_wheel()
@@ -74,6 +96,7 @@ def find_installation() -> Installation:
                     f"{path}: no such file, so {installation.binary} cannot run models with Python "
                     f"{sys.version_info.major}.{sys.version_info.minor}; run Covae with Python 3.11 or 3.12"
                 )
+        installation.check_python_library()
     return installation
 
 
@@ -98,6 +121,13 @@ def _from_wheel() -> Installation:
         stub=root / "python_backend_stubs" / version / STUB,
         libraries=package.parent / "nvidia_pytriton.libs",
     )
+
+
+def _python_library_folder() -> Path | None:
+    """Where this Python's shared library is, if it came with one; the system's own folder needs no naming."""
+    folder = Path(sysconfig.get_config_var("LIBDIR") or "/")
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    return folder if (folder / name).is_file() else None
 
 
 def has_gpu() -> bool:

@@ -11,6 +11,8 @@ import socket
 import sys
 import urllib.request
 from collections.abc import Callable
+from ctypes.util import find_library
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -210,7 +212,7 @@ def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 def test_a_tritonserver_on_path_comes_first(toy_repository, serve, connect, tmp_path, on_path):
     wheel = find_installation()
-    run_wheel = f'LD_LIBRARY_PATH="{wheel.libraries}" exec "{wheel.binary}" "$@"'
+    run_wheel = f'LD_LIBRARY_PATH="{wheel.libraries}:$LD_LIBRARY_PATH" exec "{wheel.binary}" "$@"'
     on_path(f'touch "{tmp_path}/used"\n{run_wheel}')
 
     service = serve(toy_repository, operations=["decode"])
@@ -224,6 +226,16 @@ def test_a_triton_without_a_stub_for_this_python_is_refused(toy_repository, on_p
 
     with pytest.raises(ServingError, match=rf"libtriton_python\.so: no such file.*Python 3\.{sys.version_info.minor}"):
         Service(toy_repository, grpc_port=0, metrics_port=0).start()
+
+
+def test_a_python_without_a_shared_library_is_refused_at_once():
+    wheel = find_installation()
+    oldest = wheel.stub.parents[1] / "3.8" / wheel.stub.name
+    if not oldest.is_file() or find_library("python3.8"):
+        pytest.skip("there is no stub here whose Python's shared library is missing")
+
+    with pytest.raises(ServingError, match=r"libpython3\.8\.so\.1\.0: cannot open.* a package of its own"):
+        replace(wheel, stub=oldest).check_python_library()
 
 
 def test_a_triton_that_does_not_start_shows_the_end_of_its_log(toy_repository, on_path, traces):

@@ -19,6 +19,7 @@ from covae_client.images import channels_last
 from covae_export.exporting import export_run
 from covae_serving.demo.page import write_page
 from covae_serving.demo.tour import Tour, take_tour
+from covae_serving.installation import find_installation
 from covae_serving.repository import read_model
 from covae_serving.service import Service
 from covae_train.cli import config_for, fit_with_progress
@@ -59,6 +60,7 @@ def run_demo(data: str, places: Places, console: Console) -> Path:
         CovaeError: of whichever step fails; what was done before stays and is reused.
     """
     started = time.perf_counter()
+    find_installation()  # Whoever has no Triton to serve with should know before the training.
     console.rule("1  data")
     images = load_images(data)
     name = Path(data).stem
