@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import grpc
+from google.protobuf.json_format import MessageToJson
 from tritonclient.grpc import service_pb2 as messages
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelVersionPolicy
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 # Not inference, health, metadata and model-config: clients need these, and they change nothing.
@@ -45,10 +47,22 @@ class Connection:
         index = self._stub.RepositoryIndex(messages.RepositoryIndexRequest(), timeout=CALL_S, metadata=self._admin)
         return {model.name: model.reason for model in index.models if model.state not in ("READY", "")}
 
-    def load(self, model_name: str, config: str, timeout_s: float) -> None:
-        """Load a model with this configuration (JSON) in the place of its file's; returns once it has loaded."""
+    def served_config(self, model_name: str) -> ModelConfig:
+        """The configuration that the server runs a model with, for the very versions that it serves."""
+        answer = self._stub.ModelConfig(messages.ModelConfigRequest(name=model_name), timeout=CALL_S)
+        request = messages.RepositoryIndexRequest(ready=True)
+        index = self._stub.RepositoryIndex(request, timeout=CALL_S, metadata=self._admin)
+        config = ModelConfig()
+        config.CopyFrom(answer.config)
+        versions = [int(model.version) for model in index.models if model.name == model_name]
+        config.version_policy.CopyFrom(ModelVersionPolicy(specific=ModelVersionPolicy.Specific(versions=versions)))
+        return config
+
+    def load(self, model_name: str, config: ModelConfig | None, timeout_s: float) -> None:
+        """Load a model, with this configuration in the place of its file's; returns once it has loaded."""
         request = messages.RepositoryModelLoadRequest(model_name=model_name)
-        request.parameters["config"].string_param = config
+        if config is not None:
+            request.parameters["config"].string_param = MessageToJson(config, preserving_proto_field_name=True)
         self._stub.RepositoryModelLoad(request, timeout=timeout_s, metadata=self._admin)
 
     def unload(self, model_name: str, timeout_s: float) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +49,12 @@ class Installation:
         shutil.copy2(OWN_BACKEND, own)
         return folder / "backends"
 
-    def environment(self) -> dict[str, str]:
-        """The environment to start Triton in."""
+    def environment(self, folder: Path) -> dict[str, str]:
+        """The environment to start Triton in; a link to this Python's shared library is made in `folder`."""
         environment = dict(os.environ)
         # The stub embeds whichever python3 comes first on PATH: it must be the one that has onnxruntime.
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        # Last, so that of its folder only what nobody else has is taken: the library that this Python is linked with.
-        places = [self.libraries, os.environ.get("LD_LIBRARY_PATH"), _python_library_folder()]
+        places = [self.libraries, os.environ.get("LD_LIBRARY_PATH"), _link_python_library(folder)]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(str(place) for place in places if place)
         # NumPy's own thread pools do no work in a stub; each would cost threads and memory.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -68,10 +68,16 @@ class Installation:
             ServingError: it does not; Triton would wait for the stub in vain.
         """
         library = f"libpython{sys.version_info.major}.{sys.version_info.minor}"
-        # Without arguments the stub only complains of that, if it starts at all.
-        trial = subprocess.run(
-            [self.stub], env=self.environment(), capture_output=True, text=True, timeout=STUB_TRIAL_S, check=False
-        )
+        with tempfile.TemporaryDirectory(prefix="covae-") as folder:
+            environment = self.environment(Path(folder))
+            try:  # without arguments the stub only complains of that, if it starts at all
+                trial = subprocess.run(
+                    [self.stub], env=environment, capture_output=True, text=True, timeout=STUB_TRIAL_S, check=False
+                )
+            except subprocess.TimeoutExpired:
+                return  # it did start, or the machine is very busy: Triton will tell
+            except OSError as error:
+                raise ServingError(f"{self.stub}: cannot be run: {error.strerror}") from error
         if trial.returncode and "libpython" in trial.stderr:
             raise ServingError(
                 f"{trial.stderr.strip()}; Triton embeds Python as a shared library, which {sys.executable} lacks: "
@@ -123,11 +129,21 @@ def _from_wheel() -> Installation:
     )
 
 
-def _python_library_folder() -> Path | None:
-    """Where this Python's shared library is, if it came with one; the system's own folder needs no naming."""
-    folder = Path(sysconfig.get_config_var("LIBDIR") or "/")
+def _link_python_library(folder: Path) -> Path | None:
+    """A folder in `folder` with this Python's shared library alone; None if Python came without one.
+
+    Not the folder that it lies in: every library there, such as conda's libstdc++, would go before the system's.
+    """
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
-    return folder if (folder / name).is_file() else None
+    for place in (sysconfig.get_config_var("LIBDIR"), Path(sys.base_prefix) / "lib"):
+        library = Path(place or "/") / name
+        if library.is_file():
+            link = folder / "python" / name
+            link.parent.mkdir(exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(library)
+            return link.parent
+    return None
 
 
 def has_gpu() -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import text_format
-from google.protobuf.json_format import MessageToJson
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from covae_client.contract import PLATFORM_BACKEND, Operation
@@ -18,25 +17,17 @@ AGAIN = "export the model again with `covae export`"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One operation of one model, as the repository holds it: the newest version when it was read."""
+    """One operation of one model: as the repository holds it, then as Triton serves it."""
 
     name: str
     operation: Operation
     folder: Path
     config: ModelConfig
-    version: int
 
     @property
     def model_name(self) -> str:
         """Triton's name of it: NAME_decode, …"""
         return self.operation.model_name(self.name)
-
-    def pinned_config(self) -> str:
-        """The configuration as JSON, for this version alone: what is exported meanwhile does not count."""
-        config = ModelConfig()
-        config.CopyFrom(self.config)
-        config.version_policy.specific.versions.append(self.version)
-        return MessageToJson(config, preserving_proto_field_name=True)
 
 
 def read_repository(
@@ -89,7 +80,7 @@ def read_model(repository: Path, name: str, operation: Operation) -> ServedModel
         raise ServingError(f"{graph}: no such file; {AGAIN}")
     if graph.stat().st_size == 0:
         raise ServingError(f"{graph}: the file is empty; {AGAIN}")
-    return ServedModel(name, operation, folder, config, versions[-1])
+    return ServedModel(name, operation, folder, config)
 
 
 def _config(path: Path) -> ModelConfig:

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -72,6 +73,8 @@ class Server:
         self.stubs: dict[str, list[Stub]] = {}
         self._repository = repository
         self.models = {model.model_name: model for model in models}
+        # Those that answered in the Triton that runs now; their `models` entry says in which versions.
+        self._served: set[str] = set()
         self._host = "127.0.0.1" if host == "localhost" else host
         self._asked_ports = ports
         self._timing = timing
@@ -123,20 +126,30 @@ class Server:
         raise ServingError(f"{self._host}: other programs took the chosen ports {BIND_ATTEMPTS} times; try again")
 
     def _read_again(self, model: ServedModel) -> ServedModel:
-        """The model as the repository has it now, and a new Triton will; if it is broken, that is Triton's to say."""
+        """The model as the repository has it now; if it is broken, that is Triton's to say."""
         try:
             return read_model(self._repository, model.name, model.operation)
-        except ServingError:
+        except (ServingError, OSError):
             return model
+
+    def _remember(self, model_name: str) -> None:
+        """Note in which configuration and versions a model answers: a healing loads the same, as its siblings do."""
+        try:
+            config = self.connection.served_config(model_name)
+        except grpc.RpcError as error:
+            raise ServingError(f"Triton does not tell how it serves {model_name}: {error.code().name}") from error
+        self.models[model_name] = replace(self.models[model_name], config=config)
+        self._served.add(model_name)
 
     def exit_code(self) -> int | None:
         """None while Triton runs; negative: the signal that ended it."""
         return self._process.exit_code() if self._process else 0
 
     def reload(self, model_name: str, hung: bool) -> None:
-        """Load a model anew, in the version that its siblings have, and try it with a real inference.
+        """Load a model anew and try it with a real inference; the others answer meanwhile.
 
-        The others answer meanwhile.
+        One that answered before is loaded in the same version, whatever was exported meanwhile, since its siblings
+        have that one too. One that never answered is loaded as the repository has it now.
 
         Raises:
             ModelRefusedError: the model cannot be loaded from the repository as it is now.
@@ -149,9 +162,14 @@ class Server:
                 stub.kill()
         try:
             self.connection.unload(model_name, self._timing.reload_s)
-            self.connection.load(model_name, self.models[model_name].pinned_config(), self._timing.reload_s)
+            if model_name in self._served:
+                self.connection.load(model_name, self.models[model_name].config, self._timing.reload_s)
+            else:
+                self.models[model_name] = self._read_again(self.models[model_name])
+                self.connection.load(model_name, None, self._timing.reload_s)
         except grpc.RpcError as error:
             kind = ServingError if error.code() in NO_ANSWER else ModelRefusedError
+            self._served.discard(model_name)
             raise kind(f"{error.code().name}: {readable(error.details())}") from error
         for stub in old:
             if stub.state() is None:
@@ -159,6 +177,7 @@ class Server:
         failure = self._try_models([model_name], self._timing.reload_s).get(model_name)
         if failure:
             raise ServingError(failure)
+        self._remember(model_name)
         known = {stub.pid for stub in old}
         self.stubs[model_name] = [stub for stub in self._find_stubs(model_name) if stub.pid not in known]
 
@@ -178,7 +197,7 @@ class Server:
             self._connection.close()
         self._regions.clear()
         self._process = self._connection = None
-        self.stubs = {}
+        self.stubs, self._served = {}, set()
 
     def kill(self) -> None:
         """Kill Triton and its stubs at once; whoever waits for it goes on. Safe in a signal handler."""
@@ -206,13 +225,17 @@ class Server:
         # Triton listens on every interface for 0.0.0.0; this process needs one that it can connect to.
         near = "127.0.0.1" if self._host == "0.0.0.0" else self._host
         self._connection = Connection(f"{near}:{ports[0]}", key)
-        self._process = TritonProcess(self._command(ports, key, identity), self._installation.environment())
+        self._process = TritonProcess(
+            self._command(ports, key, identity), self._installation.environment(self._regions.folder)
+        )
         deadline = time.monotonic() + self._timing.start_s
         try:
             self._wait_until(lambda: self._answers_as(identity), deadline)
             # Triton answers over gRPC for a moment even when it is about to exit because the metrics port was taken.
             self._wait_until(lambda: has_metrics(f"http://{near}:{ports[1]}/metrics"), deadline)
             failures = self._failures(deadline)
+            for name in self.models.keys() - failures.keys():
+                self._remember(name)
         except BaseException:
             self.discard()
             raise

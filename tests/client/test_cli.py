@@ -115,14 +115,29 @@ def test_score_exits_with_0_if_all_is_well_and_its_json_has_no_nan(covae, tmp_pa
 def test_what_was_scored_before_the_server_failed_is_written(covae, triton, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
-    for number in range(300):
-        Image.new("L", (6, 6), number % 256).save(folder / f"{number:03d}.png")
-    triton.faults.extend([None] * 32 + [grpc.StatusCode.INVALID_ARGUMENT])  # after 32 requests of 8 images each
+    for number in range(100):
+        Image.new("L", (6, 6), number).save(folder / f"{number:03d}.png")
+    triton.faults.extend([None] * 8 + [grpc.StatusCode.INVALID_ARGUMENT])  # after 8 requests of 8 images each
     result = covae("score", "toy", folder, "--num-samples", 1, "--csv", "new/s.csv")
     assert result.returncode == 1
     assert "INVALID_ARGUMENT: injected" in result.stderr
     rows = list(csv.DictReader((tmp_path / "new" / "s.csv").read_text().splitlines()))
-    assert [os.path.basename(row["file"]) for row in rows] == [f"{number:03d}.png" for number in range(256)]
+    assert [os.path.basename(row["file"]) for row in rows] == [f"{number:03d}.png" for number in range(64)]
+
+
+def test_a_result_that_cannot_be_written_leaves_the_other(covae, tmp_path):
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    result = covae("score", "toy", "a.png", "--num-samples", 1, "--csv", "/dev/full", "--json", "s.json")
+    assert result.returncode == 1
+    assert "error: /dev/full: cannot be written: No space left" in result.stderr
+    assert len(json.loads((tmp_path / "s.json").read_text())["images"]) == 1
+
+
+def test_a_place_is_looked_at_without_a_trace(covae, tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "store" / "real.csv")
+    assert covae("score", "toys", "a.png", "--csv", "link.csv", "--json", "new/deep/s.json").returncode == 1
+    assert (tmp_path / "link.csv").is_symlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["link.csv"]
 
 
 def test_a_place_that_cannot_be_written_is_told_before_any_work(covae, triton, tmp_path):

@@ -31,8 +31,6 @@ def test_two_failures_then_an_answer_is_an_answer(triton, model):
         ("NOT_FOUND", errors.NotFound),
         ("INTERNAL", errors.ServerFault),
         ("UNKNOWN", errors.ServerFault),
-        ("UNIMPLEMENTED", errors.ServerFault),
-        ("RESOURCE_EXHAUSTED", errors.ServerFault),
         ("DATA_LOSS", errors.ServerFault),
         ("ABORTED", errors.ServerFault),
     ],
@@ -58,6 +56,8 @@ def test_a_model_that_is_being_healed_is_asked_again(status, triton, model):
         ("DEADLINE_EXCEEDED", errors.DeadlineExceeded),
         ("INVALID_ARGUMENT", errors.InvalidRequest),
         ("FAILED_PRECONDITION", errors.InvalidRequest),
+        ("UNIMPLEMENTED", errors.InvalidRequest),
+        ("RESOURCE_EXHAUSTED", errors.InvalidRequest),
         ("OUT_OF_RANGE", errors.InvalidRequest),
         ("PERMISSION_DENIED", errors.AccessDenied),
         ("UNAUTHENTICATED", errors.AccessDenied),
@@ -109,6 +109,25 @@ def test_threads_that_wait_for_the_same_connection_wait_together(free_port):
         calls = [pool.submit(client.model, "toy") for _ in range(8)]
         assert all(isinstance(call.exception(), errors.ConnectionFailed) for call in calls)
         assert time.monotonic() - began < 8 * 0.5 / 2
+
+
+def test_no_thread_takes_an_earlier_failure_for_its_own(triton, serve, free_port, monkeypatch):
+    with (
+        Client(f"localhost:{free_port}", timeout=Timeout(connect_s=0.5)) as client,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        with pytest.raises(errors.ConnectionFailed):
+            client.model("toy")
+
+        def refuse(self, request, context):
+            time.sleep(0.3)
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you")
+
+        monkeypatch.setattr(type(triton), "ServerLive", refuse)
+        serve(triton, free_port)
+        time.sleep(1.2)  # the channel's own pause after a failure
+        calls = [pool.submit(client.model, "toy") for _ in range(3)]
+        assert [type(call.exception()) for call in calls] == [errors.AccessDenied] * 3
 
 
 def test_a_client_waits_for_a_server_that_starts_late(triton, serve, free_port):

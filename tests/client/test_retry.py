@@ -43,6 +43,12 @@ def test_each_attempt_is_told_the_time_that_is_left():
     assert 9 >= left[0] > left[1] > left[2] > 8
 
 
+def test_by_default_a_model_has_two_seconds_to_heal():
+    retry = Retry()
+    least = [min(retry.wait_s(failures) for _ in range(100)) for failures in range(1, retry.attempts)]
+    assert sum(least) >= 2
+
+
 def test_a_wait_beyond_the_deadline_is_not_begun():
     calls = []
 

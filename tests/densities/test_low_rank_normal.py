@@ -372,6 +372,24 @@ def test_gradients_equal_those_of_the_dense_normal(full_variance):
         torch.testing.assert_close(gradients(found * weights, inputs), gradients(expected * weights, inputs))
 
 
+def test_a_look_without_gradients_changes_no_later_gradient():
+    mean, factor, variance = torch_parameters(full_variance=True)
+    mask = torch.tensor([[True, False, False], [False, True, False]])
+    asked = {
+        "log_prob": lambda density: density.log_prob(torch.zeros(1, 2, 3)),
+        "entropy": lambda density: density.entropy(),
+        "components": lambda density: density.components(),
+        "edit": lambda density: density.condition(mask, torch.zeros(1, 2, 3)).mean,
+    }
+    for ask in asked.values():
+        fresh, seen = (covae_train.densities.LowRankNormal(mean, factor, variance) for _ in range(2))
+        with torch.no_grad():
+            for look in asked.values():
+                look(seen)
+        expected, found = (gradients(ask(density), (factor, variance)) for density in (fresh, seen))
+        torch.testing.assert_close(found, expected)
+
+
 def gradients(outputs, inputs):
     found = torch.autograd.grad(outputs.sum(), inputs, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(inputs, found, strict=True)]

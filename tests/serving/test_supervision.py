@@ -135,6 +135,37 @@ def test_a_healed_model_keeps_its_version_and_a_new_triton_takes_the_newest(serv
     assert caller.stub.ModelConfig(ModelConfigRequest(name="toy_sample")).config.max_batch_size == 32
 
 
+def test_a_healed_model_keeps_the_version_that_its_configuration_chose(
+    tmp_path, write_toy, serve, connect, own_stubs, caplog
+):
+    repository = write_toy(tmp_path)
+    folder = repository / "toy_sample"
+    export_again(folder)
+    with (folder / "config.pbtxt").open("a") as config:
+        config.write("version_policy { specific { versions: [1] } }\n")
+    caller = connect(serve(repository).grpc_address)
+    first = caller.infer("toy_sample", **SEEDS)["latent"]
+    os.kill(own_stubs(model_name="toy_sample")[0].pid, signal.SIGKILL)
+    until(lambda: "toy_sample: answers again after" in caplog.text)
+
+    np.testing.assert_array_equal(caller.infer("toy_sample", **SEEDS)["latent"], first)
+
+
+def test_a_broken_model_answers_again_once_it_is_exported_again(service, caller, own_stubs, caplog):
+    folder = service.models[1].folder
+    first = caller.infer("toy_sample", **SEEDS)["latent"]
+    export_again(folder)
+    sound = (folder / "2" / "model.onnx").read_bytes()
+    (folder / "2" / "model.onnx").write_bytes(b"no graph")
+    os.kill(os.getpgid(own_stubs()[0].pid), signal.SIGKILL)
+    until(lambda: "toy_sample: does not answer" in caplog.text)
+
+    (folder / "3").mkdir()
+    (folder / "3" / "model.onnx").write_bytes(sound)
+    until(lambda: "toy_sample: answers again after" in caplog.text)
+    np.testing.assert_array_equal(caller.infer("toy_sample", **SEEDS)["latent"], 1000 + first)
+
+
 def test_one_dead_instance_of_two_is_replaced(tmp_path, write_toy, serve, connect, own_stubs, caplog):
     def two_instances(config):
         config.instance_group[0].count = 2

@@ -69,6 +69,7 @@ def test_from_33_pixels_on_the_defaults_are_the_papers():
     assert (config.widths, config.latent_size, config.rank) == ((64, 128, 256, 512), 128, 25)
     assert (config.target_kl, config.batch_size, config.learning_rate) == (45.0, 25, 1e-4)
     assert (config.variance, config.damping, config.multiplier_lr) == (1e-5, 250.0, 25.0)
+    assert config.entropy_rise == 0
 
 
 def test_a_configuration_cannot_be_changed():
@@ -86,7 +87,7 @@ def test_a_saved_configuration_comes_back_equal(family, tmp_path):
 def test_the_entropy_target_decodes_the_papers_number():
     shape, paper_target = (218, 178, 3), -504_750
     config = make_config(family="sos-vae", data="celeba", image_shape=shape, kappa=7.6)
-    targets = find_family("sos-vae").targets(config)
+    targets = find_family("sos-vae").targets(config, 1.0)
     assert config.image_size == 116_412
     floor = targets["entropy"] - 7.6 * config.rank
     assert floor == pytest.approx(-504_939.9, abs=0.05)
@@ -97,7 +98,21 @@ def test_the_entropy_target_decodes_the_papers_number():
 
 def test_the_papers_grey_64_by_64_target_is_5_46_nats_a_component():
     config = make_config(family="sos-vae", data="celeba-gray", image_shape=(64, 64, 1), kappa=5.46)
-    assert find_family("sos-vae").targets(config)["entropy"] == pytest.approx(-17_630, abs=0.5)
+    assert find_family("sos-vae").targets(config, 1.0)["entropy"] == pytest.approx(-17_630, abs=0.5)
+
+
+def test_an_entropy_target_rises_from_a_share_of_its_height_to_all_of_it():
+    config = tiny_config(kappa=4.0, entropy_rise=0.5)
+    full = find_family("sos-vae").targets(config, 1.0)["entropy"]
+    floor = full - 4.0 * config.rank
+    heights = [find_family("sos-vae").targets(config, share)["entropy"] - floor for share in (0, 0.25, 0.5, 0.75)]
+    assert heights == pytest.approx([0.6 * 12, 0.8 * 12, 12, 12])
+
+
+def test_without_a_rise_the_entropy_target_is_the_papers_constant():
+    config = tiny_config(kappa=4.0, entropy_rise=0)
+    targets = find_family("sos-vae").targets
+    assert targets(config, 0.0) == targets(config, 0.3) == targets(config, 1.0)
 
 
 def test_the_default_kappa_is_about_the_papers_at_its_sizes():
@@ -122,4 +137,4 @@ def test_the_default_kappa_is_the_entropy_of_equal_orthogonal_components():
 
 
 def test_a_beta_vae_constrains_the_kl_alone():
-    assert find_family("beta-vae").targets(tiny_config("beta-vae", target_kl=7)) == {"kl": 7}
+    assert find_family("beta-vae").targets(tiny_config("beta-vae", target_kl=7), 1.0) == {"kl": 7}

@@ -92,7 +92,7 @@ def test_training_a_finished_run_again_does_nothing(few_digits, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"learning_rate": 3e-4}, r"learning_rate = 0\.0001 \(asked for: 0\.0003\)"),
+        ({"learning_rate": 3e-4}, r"learning_rate = 0\.001 \(asked for: 0\.0003\)"),
         ({"rank": 2}, r"rank = 3 \(asked for: 2\)"),
         ({"epochs": 4, "seed": 1}, r"epochs = 3 \(asked for: 4\), seed = 0 \(asked for: 1\)"),
         ({"widths": (8, 8)}, r"widths = \(8, 16\) \(asked for: \(8, 8\)\)"),
@@ -127,6 +127,15 @@ def test_a_truncated_checkpoint_is_told(kept, few_digits, tmp_path):
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: the checkpoint is damaged"):
         Trainer(tiny_config(), few_digits, tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(few_digits, tmp_path):
+    trainer = trained(tiny_config(), few_digits, tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "run" / "checkpoint.draft").mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: cannot be written"):
+        trainer.save()
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
 
 
 def test_a_checkpoint_of_another_network_is_told(few_digits, tmp_path):

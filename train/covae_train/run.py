@@ -44,14 +44,21 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write atomically: a crash leaves the checkpoint before."""
+    """Write atomically: a crash leaves the checkpoint before.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, a folder that is gone); the checkpoint before stays.
+    """
     path = folder / CHECKPOINT_FILE
     draft = path.with_suffix(".draft")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    save_file(tensors, draft, metadata={"state": json.dumps(checkpoint.state)})
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        save_file(tensors, draft, metadata={"state": json.dumps(checkpoint.state)})
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error}); the checkpoint before, if any, stays") from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

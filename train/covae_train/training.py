@@ -94,7 +94,8 @@ class Trainer:
         narrow = min(config.widths) < MIN_CHANNELS_LAST
         self.layout = torch.contiguous_format if narrow else torch.channels_last
         self.model = build_model(config).to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
-        self.multipliers = Multipliers(find_family(config.family).targets(config), config.damping).to(self.device)
+        self.targets = find_family(config.family).targets
+        self.multipliers = Multipliers(self.targets(config, 1.0), config.damping).to(self.device)
         self.adam = torch.optim.Adam(self.model.parameters())
         self.dual = torch.optim.SGD(self.multipliers.parameters(), lr=config.multiplier_lr, maximize=True)
         self.random = torch.Generator().manual_seed(config.seed)
@@ -114,6 +115,12 @@ class Trainer:
     def mean_only(self) -> bool:
         """The next step belongs to the first phase."""
         return self.step < self.config.mean_epochs * self.steps_per_epoch
+
+    @property
+    def progress(self) -> float:
+        """The share of phase `all` that is done, in [0, 1]."""
+        first = self.config.mean_epochs * self.steps_per_epoch
+        return max(0.0, (self.step - first) / (self.total_steps - first))
 
     def fit(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
         """Train to the end, from wherever the run stands; SIGINT and SIGTERM save and stop.
@@ -161,6 +168,7 @@ class Trainer:
             terms = bound_terms(self.model, images, noise, mean_only=mean_only)
         except InvalidArgument as error:  # a density whose parameters left the finite numbers
             raise self._not_finite(str(error)) from error
+        self.multipliers.targets = self.targets(self.config, self.progress)
         loss = self.multipliers.lagrangian(terms)
         if not torch.isfinite(loss):
             raise self._not_finite(f"the loss is {loss.item()}")

@@ -3,7 +3,7 @@
 Client       a connection to a server; `Client.model(name)` gives a Model
 Model        sample, decode, encode, condition and score
 Timeout      seconds to wait for a connection and for a request
-Retry        how often to ask a server again that was unavailable
+Retry        how often to ask again when a server was unavailable or failed
 Tls          files for an encrypted connection
 Scores       what `Model.score` gives
 errors       every exception, as a tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -52,7 +53,7 @@ class LazyGroup(TyperGroup):
             _print_error(str(error))
             raise typer.Exit(1) from None
         except OSError as error:
-            if os.environ.get("COVAE_DEBUG") or error.strerror is None:
+            if os.environ.get("COVAE_DEBUG") or error.strerror is None or error.errno == errno.EPIPE:
                 raise
             _print_error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
             raise typer.Exit(1) from None
@@ -233,15 +234,20 @@ def score(
             for row in commands.score(model, paths, num_samples=num_samples, seed=seed):
                 rows.append(row)
     finally:  # What was scored before an error or an interrupt is not lost.
-        commands.print_scores(rows)
+        written, failed = [], [row.error for row in rows if row.error]
         for write, file in ((commands.write_csv, csv), (commands.write_json, json)):
             if file is not None and rows:
-                write(file, rows, name=name, num_samples=num_samples, seed=seed)
-                typer.echo(f"scores of {len(rows)} files: {file}")
-        refused = [row for row in rows if row.error]
-        for row in refused:
-            _print_error(row.error)
-    if refused:
+                try:
+                    write(file, rows, name=name, num_samples=num_samples, seed=seed)
+                    written.append(f"scores of {len(rows)} files: {file}")
+                except CovaeError as error:  # the other file, and the error that ended the scoring, still count
+                    failed.append(str(error))
+        commands.print_scores(rows)
+        for message in written:
+            typer.echo(message)
+        for message in failed:
+            _print_error(message)
+    if failed:
         raise typer.Exit(1)
 
 

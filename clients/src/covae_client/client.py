@@ -118,7 +118,10 @@ class Client:
         served = operation.model_name(name)
         if not self._transport.call(served, "is_model_ready", served):
             return None
-        return self._transport.call(served, "get_model_config", served).config
+        try:
+            return self._transport.call(served, "get_model_config", served, retry=Retry(attempts=1)).config
+        except NotFound:  # its process has just died
+            return None
 
 
 def _endpoint(name: str, operation: Operation, spec: ModelSpec, config: Any) -> Endpoint:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -28,6 +30,8 @@ from covae_client.retry import Timeout
 
 # Images held in memory at a time.
 BLOCK = 256
+# Images scored before their rows count as done: enough for several requests in flight.
+SCORED_BLOCK = 32
 MAX_GRID_IMAGES = 10_000
 MAX_EDIT_SAMPLES = 10_000
 
@@ -118,7 +122,7 @@ def score(model: Model, paths: Sequence[Path], *, num_samples: int, seed: int) -
     refused, files = _list_files(paths)
     yield from refused
     with _progress("score", len(files)) as report:
-        for offset, count in _blocks(len(files)):
+        for offset, count in _blocks(len(files), SCORED_BLOCK):
             block = files[offset : offset + count]
             yield from _score_block(model, block, offset, num_samples, seed, _shifted(report, offset))
 
@@ -173,7 +177,7 @@ def print_scores(rows: Sequence[FileScore]) -> None:
 
 
 def check_writable(*files: Path | None) -> None:
-    """Make the folders of files that are to be written, before any work is done for them.
+    """See whether files can be written, before any work is done for them; makes and opens nothing.
 
     Raises:
         InvalidArgument: a file cannot be written.
@@ -184,17 +188,23 @@ def check_writable(*files: Path | None) -> None:
 
 
 def _check_writable(file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = not file.exists()
-    file.open("ab").close()
-    if new:
-        file.unlink()
+    if file.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if file.exists():
+        place, wanted = file, os.W_OK
+    else:
+        place, wanted = next(folder for folder in file.absolute().parents if folder.exists()), os.W_OK | os.X_OK
+        if not place.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(place, wanted):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def write_csv(file: Path, rows: Sequence[FileScore], **_: Any) -> None:
     """Write one line per file; numbers in full, empty where a file was refused."""
 
     def write() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", newline="", encoding="utf-8") as stream:
             table = csv.DictWriter(stream, [field.name for field in fields(FileScore)])
             table.writeheader()
@@ -208,7 +218,12 @@ def write_json(file: Path, rows: Sequence[FileScore], *, name: str, num_samples:
     images = [{key: _json_value(value) for key, value in asdict(row).items()} for row in rows]
     document = {"model": name, "num_samples": num_samples, "seed": seed, "images": images}
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
-    _writing(file, lambda: file.write_text(text + "\n", encoding="utf-8"))
+
+    def write() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")
+
+    _writing(file, write)
 
 
 def _json_value(value: Any) -> Any:
@@ -236,9 +251,9 @@ def _writing(file: Path, write: Callable[[], Result]) -> Result:
         raise InvalidArgument(f"{file}: cannot be written: {error.strerror or error}") from error
 
 
-def _blocks(total: int) -> Iterator[tuple[int, int]]:
-    for offset in range(0, total, BLOCK):
-        yield offset, min(BLOCK, total - offset)
+def _blocks(total: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
+    for offset in range(0, total, size):
+        yield offset, min(size, total - offset)
 
 
 @contextmanager

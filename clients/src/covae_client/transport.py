@@ -60,6 +60,8 @@ STATUS_ERRORS: Mapping[str, tuple[type[ServerError], str]] = {
     "NOT_FOUND": (NotFound, "the server does not serve it, or no longer"),
     "INVALID_ARGUMENT": (InvalidRequest, "do the client's and the exported model's versions match?"),
     "FAILED_PRECONDITION": (InvalidRequest, "do the client's and the exported model's versions match?"),
+    "RESOURCE_EXHAUSTED": (InvalidRequest, "the message is larger than the server, or a proxy before it, takes"),
+    "UNIMPLEMENTED": (InvalidRequest, "is this a Triton server that `covae serve` started?"),
     "OUT_OF_RANGE": (InvalidRequest, "do the client's and the exported model's versions match?"),
     "PERMISSION_DENIED": (AccessDenied, "credentials go in Client(headers=…)"),
     "UNAUTHENTICATED": (AccessDenied, "credentials go in Client(headers=…)"),
@@ -106,7 +108,7 @@ class Transport:
         self._connected = False
         self._connecting = Lock()
         self._attempts = 0
-        self._failure: ConnectionFailed | None = None
+        self._failure: ServerError | None = None
         self._triton = _triton_client(address, tls)
 
     def close(self) -> None:
@@ -199,10 +201,11 @@ class Transport:
                 return
             if attempts != self._attempts and self._failure is not None:
                 # Another thread waited connect_s while this one waited for it: that was this one's wait too.
-                raise ConnectionFailed(str(self._failure))
+                raise type(self._failure)(str(self._failure))
+            self._failure = None
             try:
                 self._wait_until_live()
-            except ConnectionFailed as failure:
+            except ServerError as failure:
                 self._failure = failure
                 raise
             finally:

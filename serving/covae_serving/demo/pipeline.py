@@ -40,8 +40,8 @@ class Schedule:
 
 
 # Two to three minutes for the digits on two cores; a large data set makes more steps in fewer epochs.
-SCHEDULES = {"digits": Schedule(60, 40)}
-OTHER_SCHEDULE = Schedule(6, 3)
+SCHEDULES = {"digits": Schedule(100, 35)}
+OTHER_SCHEDULE = Schedule(6, 2)
 
 
 @dataclass(frozen=True)

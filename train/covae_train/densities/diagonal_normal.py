@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from math import log, pi
 from typing import ClassVar
 
@@ -34,6 +33,7 @@ from covae_train.densities.base import (
     wants_checks,
     weighted_square,
 )
+from covae_train.densities.cached import cached
 from covae_train.densities.exporting import exporting
 from covae_train.densities.slerp import slerp
 
@@ -151,7 +151,7 @@ class DiagonalNormal(Density):
         path = slerp(start.flatten(-3), end.flatten(-3), steps)
         return self._noisy_images("noise", path.reshape(steps, *start.shape))
 
-    @cached_property
+    @cached
     def _logdet(self) -> Tensor:
         logs = self._variance_rows.double().log().sum(dim=-1)
         return logs * (self._layout.pixels / self._variance_rows.shape[-1])
@@ -180,7 +180,7 @@ class ConditionalDiagonalNormal(Drawable):
         """Axes in front of the image's: those of the density, the mask and the pixels together."""
         return torch.Size(self._layout.batch_shape)
 
-    @cached_property
+    @cached
     def mean(self) -> Tensor:
         """The fixed values on the mask, μ off it; shape (*batch_shape, C, H, W)."""
         return self._images(torch.where(self._mask, self._pixels, self._density._mean_rows), ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, reduce
+from functools import reduce
 from math import ceil
 from typing import cast
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from covae_client.densities.checks import not_positive_definite
 from covae_client.densities.factor_posterior import CONDITION_LIMITS
+from covae_train.densities.cached import cached
 from covae_train.densities.elimination import eliminate
 from covae_train.densities.exporting import exporting
 
@@ -119,7 +120,7 @@ class FactorPosterior:
         identity: Tensor = torch.eye(products.shape[-1], dtype=torch.float64, device=products.device)
         return products + identity
 
-    @cached_property
+    @cached
     def logdet(self) -> Tensor:
         """log |K|. shape: (B or 1,)"""
         if self._cholesky is None:
@@ -127,7 +128,7 @@ class FactorPosterior:
         logs: Tensor = self._cholesky.diagonal(dim1=1, dim2=2).log().sum(dim=-1)
         return 2 * logs
 
-    @cached_property
+    @cached
     def whitener(self) -> Tensor:
         """A matrix whose transpose times itself is w's covariance K⁻¹. shape: (B or 1, R, R)"""
         if self._cholesky is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from math import log, pi
 from typing import ClassVar
 
@@ -37,6 +36,7 @@ from covae_train.densities.base import (
     wants_checks,
     weighted_square,
 )
+from covae_train.densities.cached import cached
 from covae_train.densities.exporting import exporting
 from covae_train.densities.factor_posterior import FactorPosterior, gram, times, times_transposed
 from covae_train.densities.slerp import slerp
@@ -213,17 +213,17 @@ class LowRankNormal(Density):
         start, end = self._together((self.rank,), noise_a=noise_a, noise_b=noise_b)
         return self._smooth_images("noise", slerp(start, end, steps))
 
-    @cached_property
+    @cached
     def _posterior(self) -> FactorPosterior:
         return FactorPosterior(self._factor_rows, None, self._variance_rows)
 
-    @cached_property
+    @cached
     def _logdet(self) -> Tensor:
         """log |P Pᵀ + D| = log |D| + log |K|. shape: (B or 1,)"""
         logs: Tensor = self._variance_rows.double().log().sum(dim=-1)
         return logs * (self._layout.pixels / self._variance_rows.shape[-1]) + self._posterior.logdet
 
-    @cached_property
+    @cached
     def _basis(self) -> Tensor:
         """V, the eigenvectors of PᵀP by descending eigenvalue. shape: (B or 1, R, R)"""
         vectors: Tensor = torch.linalg.eigh(gram(self._factor_rows, None, torch.float64)).eigenvectors
@@ -263,7 +263,7 @@ class ConditionalLowRankNormal(Drawable):
         """Axes in front of the image's: those of the density, the mask and the pixels together."""
         return torch.Size(self._layout.batch_shape)
 
-    @cached_property
+    @cached
     def mean(self) -> Tensor:
         """The conditional mean: the fixed values on the mask, μ + P c off it; shape (*batch_shape, C, H, W)."""
         return self._images(self._agree(self._density._mean_rows[None]), ())

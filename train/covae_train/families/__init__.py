@@ -16,12 +16,13 @@ from covae_train.image_model import ImageModel
 class Family:
     """How a family is configured, built and constrained.
 
-    `targets` maps each constrained term of the bound (`kl`, `entropy`) to its target in nats per image.
+    `targets(config, progress)` maps each constrained term of the bound (`kl`, `entropy`) to its target in nats per
+    image, at a progress through phase `all` in [0, 1].
     """
 
     config: type[RunConfig]
     build: Callable[[Any], ImageModel]
-    targets: Callable[[Any], dict[str, float]]
+    targets: Callable[[Any, float], dict[str, float]]
 
 
 FAMILIES = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from math import expm1, log
 
-from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from covae_train.config import RunConfig
@@ -15,8 +14,6 @@ from covae_train.networks import Decoder, Encoder
 
 class BetaVaeConfig(RunConfig):
     """`variance` is the smallest variance of a pixel; the learned part is added to it."""
-
-    learning_rate: PositiveFloat = 1e-3
 
 
 class DiagonalHead(DensityHead):
@@ -44,6 +41,6 @@ def build(config: BetaVaeConfig) -> ImageModel:
     )
 
 
-def targets(config: BetaVaeConfig) -> dict[str, float]:
+def targets(config: BetaVaeConfig, progress: float) -> dict[str, float]:
     """ξ_KL of equation 3; the paper found an entropy target detrimental to a β-VAE."""
     return {"kl": config.target_kl}

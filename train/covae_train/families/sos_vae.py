@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import e, log, pi
 from typing import Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from covae_train.config import RunConfig, default_kappa
@@ -13,17 +13,20 @@ from covae_train.densities import LowRankNormal
 from covae_train.image_model import DensityHead, ImageModel, pointwise_head
 from covae_train.networks import Decoder, Encoder
 
+# The share of κ R that a rising entropy target grants from the start.
+FIRST_SHARE = 0.6
+
 
 class SosVaeConfig(RunConfig):
     """SOS-VAE's own options.
 
-    rank: R. kappa: the entropy target's nats per component above the floor (None: `default_kappa`). learning_rate: the
-    paper's; with larger steps the mean wanders off once the factor explains most of a residual.
+    rank: R. kappa: the entropy target's nats per component above the floor (None: `default_kappa`). entropy_rise: the
+    share of phase `all` over which the entropy target rises to its full height (0: the paper's constant target).
     """
 
-    learning_rate: PositiveFloat = 1e-4
     rank: PositiveInt
     kappa: PositiveFloat | None = None
+    entropy_rise: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check_rank(self) -> Self:
@@ -60,8 +63,14 @@ def build(config: SosVaeConfig) -> ImageModel:
     )
 
 
-def targets(config: SosVaeConfig) -> dict[str, float]:
-    """ξ_KL and ξ_H of equation 3; ξ_H = floor + κ R, the floor being the entropy of N(μ, ε I)."""
+def targets(config: SosVaeConfig, progress: float) -> dict[str, float]:
+    """ξ_KL and ξ_H of equation 3; ξ_H = floor + κ R, the floor being the entropy of N(μ, ε I).
+
+    With `entropy_rise`, ξ_H starts lower. Granted all at once, the entropy is taken by whatever direction the untrained
+    factor has, such as the whole background's brightness; later the mean drifts there, since nothing holds it.
+    """
     kappa = config.kappa or default_kappa(config.image_size, config.rank, config.variance)
     floor = 0.5 * config.image_size * log(2 * pi * e * config.variance)
-    return {"kl": config.target_kl, "entropy": floor + kappa * config.rank}
+    risen = min(progress / config.entropy_rise, 1.0) if config.entropy_rise else 1.0
+    share = FIRST_SHARE + (1 - FIRST_SHARE) * risen
+    return {"kl": config.target_kl, "entropy": floor + share * kappa * config.rank}
