@@ -39,7 +39,7 @@ class Schedule:
     mean_epochs: int
 
 
-# Two to three minutes for the digits on two cores; a large data set makes more steps in fewer epochs.
+# Two minutes for the digits on one core; a large data set makes more steps in fewer epochs.
 SCHEDULES = {"digits": Schedule(100, 35)}
 OTHER_SCHEDULE = Schedule(6, 2)
 
