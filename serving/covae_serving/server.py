@@ -168,9 +168,11 @@ class Server:
                 self.models[model_name] = self._read_again(self.models[model_name])
                 self.connection.load(model_name, None, self._timing.reload_s)
         except grpc.RpcError as error:
-            kind = ServingError if error.code() in NO_ANSWER else ModelRefusedError
-            self._served.discard(model_name)
-            raise kind(f"{error.code().name}: {readable(error.details())}") from error
+            reason = f"{error.code().name}: {readable(error.details())}"
+            if error.code() in NO_ANSWER:
+                raise ServingError(reason) from error
+            self._served.discard(model_name)  # its version may be gone: next time, whatever there is
+            raise ModelRefusedError(reason) from error
         for stub in old:
             if stub.state() is None:
                 self._regions.remove(stub.region)

@@ -177,11 +177,16 @@ def test_debug_shows_the_traceback(covae):
 def test_an_interrupt_ends_a_long_call_at_once_with_130(triton, address, tmp_path):
     triton.delay_s = 20
     arguments = command("sample", "toy", "-n", 100, "--server", address)
-    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not triton.running:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=10)
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while not triton.running:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=10)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert error == "error: interrupted\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -36,6 +36,7 @@ MAX_REQUEST_BYTES = 32 * 2**20
 # Enough to keep a server busy while answers travel, few enough not to fill its queue.
 MAX_IN_FLIGHT = 4
 CONNECT_POLL_S = 0.05
+INTERRUPT_POLL_S = 0.2
 
 # `channel_args` replaces every default of tritonclient, the limits on message size among them.
 CHANNEL_OPTIONS = (
@@ -270,6 +271,10 @@ def _in_flight(send: Callable[[slice], Result], parts: list[slice]) -> Iterator[
         return
     pool = ThreadPoolExecutor(min(MAX_IN_FLIGHT, len(parts)), thread_name_prefix="covae")
     try:
-        yield from pool.map(send, parts)
+        for future in [pool.submit(send, part) for part in parts]:
+            # Python can miss a Ctrl-C that comes just before a wait without end, and then waits on.
+            while not wait([future], INTERRUPT_POLL_S).done:
+                pass
+            yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
