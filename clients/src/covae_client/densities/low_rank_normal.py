@@ -246,11 +246,8 @@ class ConditionalLowRankNormal(Drawable):
         self._density = density
         self._layout = density._layout
         self._mask = mask
-        # Sums of products with 0 and 1 are exact, and much faster than numpy.where on a scattered mask.
-        self._on = mask.astype(pixels.dtype)
-        self._off = 1 - self._on
-        self._fixed = pixels * self._on
-        self._columns, self._counted, self._posterior = _observe(density, mask, self._on)
+        self._columns, self._counted, self._posterior = _observe(density, mask)
+        self._fixed = _gather(pixels, self._columns) * self._counted
 
     @cached_property
     def mean(self) -> Array:
@@ -282,33 +279,38 @@ class ConditionalLowRankNormal(Drawable):
 
     def _agree(self, images: Array) -> Array:
         """Matheron's rule: move images (N, B, S) of the unconditional density so that they agree with the pixels."""
-        residual = (_gather(self._fixed, self._columns) - _gather(images, self._columns)) * self._counted
+        residual = (self._fixed - _gather(images, self._columns)) * self._counted
         noise = self._posterior.mean(residual)
         shifted = times(noise.astype(images.dtype), self._density._factor_rows)
         shifted += images
-        shifted *= self._off
-        shifted += self._fixed
+        if self._columns is None:
+            # Sums of products with 0 and 1 are exact, and much faster than numpy.where on a scattered mask.
+            shifted *= 1 - self._counted
+            shifted += self._fixed
+        else:
+            chosen = np.where(self._counted > 0, self._fixed, _gather(shifted, self._columns))
+            np.put_along_axis(shifted, self._columns[None], chosen, axis=-1)
         return shifted
 
 
 def _observe(
-    density: LowRankNormal, mask: NDArray[np.bool_], on: Array
+    density: LowRankNormal, mask: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64] | None, Array, FactorPosterior]:
     """The columns that a mask (M, S) touches, (M, n), or None for all; the mask there; the factor's noise given them.
 
-    on: the mask as numbers.
+    The mask there is in numbers, 1 and 0.
     """
     factor, variance = density._factor_rows, density._variance_rows
     counts = np.array([np.count_nonzero(row) for row in mask])  # faster than along an axis
-    fewest, most = int(counts.min()), int(counts.max())
-    if fewest == mask.shape[-1]:
-        return None, on, density._posterior
+    most = int(counts.max())
     if most > GATHERED_SHARE * mask.shape[-1]:
-        return None, on, FactorPosterior(factor, on, variance)
+        on = mask.astype(factor.dtype)
+        all_fixed = int(counts.min()) == mask.shape[-1]
+        return None, on, density._posterior if all_fixed else FactorPosterior(factor, on, variance)
     columns = _masked_columns(mask, counts)
     gathered = np.take(factor, columns[0], axis=-1) if len(columns) == 1 else _gather_each(factor, columns)
     local = variance if variance.shape[-1] == 1 else _gather(variance[None], columns)[0]
-    counted = np.take_along_axis(on, columns, axis=-1)
+    counted = (np.arange(most) < counts[:, None]).astype(factor.dtype)
     return columns, counted, FactorPosterior(gathered, counted, local, precise=most <= PRECISE_COLUMNS)
 
 
