@@ -88,7 +88,7 @@ def export_run(
     """
     name = name or run.run_id
     if not NAME_PATTERN.fullmatch(name):
-        raise InvalidArgument(f"name: found {name!r}; expected letters, digits, '.', '_' and '-', as digits-sos")
+        raise InvalidArgument(f"name: found {name!r}; expected letters, digits, '.', '_' and '-', as digits-sos-vae")
     deployment = deployment or Deployment()
     spec = describe(run, score_samples or default_score_samples(run.config.image_shape))
     staging = _staging_folder(repository)

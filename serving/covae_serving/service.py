@@ -26,7 +26,7 @@ BACKOFF_LAST_S = 60.0
 class Service:
     """A model repository on NVIDIA Triton, watched and healed until it is stopped.
 
-        with Service(Path("model_repository"), names=["digits-sos"], grpc_port=0) as service:
+        with Service(Path("model_repository"), names=["digits-sos-vae"], grpc_port=0) as service:
             print(service.grpc_address)
 
     Safe by default: gRPC and metrics listen on this machine only, HTTP is off, and whatever changes the server needs a

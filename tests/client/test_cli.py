@@ -87,11 +87,14 @@ def test_score_reports_refused_files_and_scores_the_others(covae, model, tmp_pat
     for name, image in zip(("a.png", "c.png", "d.png"), images, strict=True):
         Image.fromarray(image).save(folder / name)
     (folder / "b.png").write_text("no image")
-    result = covae("score", "toy", folder, "gone.png", "--num-samples", 20, "--csv", "s.csv", "--json", "s.json")
+    result = covae(
+        "score", "toy", folder, "gone.png", "--num-samples", 20, "--csv", "s.csv", "--json", "s.json", COLUMNS="240"
+    )
     assert result.returncode == 1
+    assert "scores of 3 files, 2 refused: s.csv" in result.stdout
     assert "b.png: this is no PNG, JPEG or WebP" in result.stderr
     assert "error: gone.png: cannot be read" in result.stderr
-    assert "pictures [red]/a.png" in result.stdout.replace("\n", "")
+    assert "pictures [red]/a.png" in result.stdout
 
     rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
     assert [os.path.basename(row["file"]) for row in rows] == ["a.png", "b.png", "c.png", "d.png", "gone.png"]
@@ -191,8 +194,28 @@ def test_an_interrupt_ends_a_long_call_at_once_with_130(triton, address, tmp_pat
     assert error == "error: interrupted\n"
 
 
+def test_an_error_of_few_weights_is_not_shown(covae, tmp_path):
+    Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(tmp_path / "black.png")
+    shown = [covae("score", "toy", "black.png", "--num-samples", count).stdout for count in (8, 400)]
+    assert ["–" in text for text in shown] == [True, False]
+    assert ["is unknown" in text for text in shown] == [True, False]
+
+
+def test_a_grid_and_a_folder_exclude_each_other(covae, tmp_path):
+    result = covae("sample", "toy", "--grid", "grid.png", "--out", "drawn")
+    assert result.returncode == 1
+    assert result.stderr == "error: --grid, --out: found both, grid.png and drawn; expected one of them\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_timeout_bounds_the_wait_for_a_server_too(covae, free_port):
+    result = covae("sample", "toy", "--server", f"localhost:{free_port}", "--timeout", 0.5)
+    assert result.returncode == 1
+    assert "no server answered within 0.5 s" in result.stderr
+
+
 def test_version_and_help(covae):
-    assert covae("--version").stdout == "covae-client 0.1.0\n"
+    assert covae("--version").stdout == "covae 0.1.0\ncovae-client 0.1.0\n"
     result = covae("--help")
     assert result.returncode == 0
     for name in ("sample", "edit", "score"):
@@ -205,7 +228,10 @@ def test_a_command_of_the_covae_package_says_what_is_missing(tmp_path):
     arguments = [sys.executable, "-c", code, "train", "sos-vae", "--data", "digits"]
     result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert result.returncode == 2
-    assert result.stderr == "error: train needs the covae package (pip install covae)\n"
+    assert result.stderr == (
+        "error: train needs the covae package: this environment has its client alone; run `pip install ./clients .` in "
+        "a checkout of Covae\n"
+    )
 
 
 def test_the_server_may_come_from_the_environment_or_the_option(address, covae):

@@ -93,6 +93,12 @@ def test_the_deadline_counts_across_retries(triton, address):
     assert 3 < triton.calls < 30
 
 
+@pytest.mark.parametrize("address", ["", "localhost", ":8001", "localhost:", "http://localhost:8001"])
+def test_an_address_needs_a_host_and_a_port(address):
+    with pytest.raises(errors.InvalidArgument, match=r"address: found .* expected HOST:PORT"):
+        Client(address)
+
+
 def test_no_server_is_told_within_the_connect_timeout(free_port):
     began = time.monotonic()
     with (

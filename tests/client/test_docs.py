@@ -9,7 +9,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "client.md"
 
 
 def test_the_snippets_run(serve, triton, tmp_path, monkeypatch):
-    triton.operations = {name.replace("toy", "digits-sos"): operation for name, operation in triton.operations.items()}
+    triton.operations = {
+        name.replace("toy", "digits-sos-vae"): operation for name, operation in triton.operations.items()
+    }
     address = serve(triton)
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (50, 40)).save(tmp_path / "photos" / "a.png")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from covae_client.errors import InvalidArgument
 from covae_train.densities import DiagonalNormal, LowRankNormal
-from covae_train.evaluation import evaluate, importance_bounds, lag1_autocorrelation
+from covae_train.evaluation import evaluate, importance_bounds, lag1_autocorrelation, mean_error
 from covae_train.families import build_model
 from covae_train.image_model import DensityHead, ImageModel, Posterior
 from covae_train.run import TrainedRun, load_run
@@ -168,6 +169,20 @@ def test_evaluation_reports_means_with_standard_errors_and_the_time_an_epoch_too
     assert found.log_likelihood_bound == pytest.approx(bounds.mean().item())
     assert found.elbo == pytest.approx(elbos.mean().item())
     assert found.standard_error == pytest.approx(bounds.std().item() / 12**0.5)
+
+
+def test_the_means_error_is_that_of_its_pixels(few_digits):
+    run = run_of(LinearGaussian())
+    run.model.density = lambda latent: DiagonalNormal(torch.zeros(len(latent), *SHAPE), 1.0)
+    pixels = few_digits.held_out.double() / 255
+    rmse, bias = mean_error(run, few_digits.held_out)
+    assert rmse == pytest.approx(pixels.square().mean().item() ** 0.5)
+    assert bias == pytest.approx(-pixels.mean().item())
+
+
+def test_one_image_has_no_standard_error(grey_images):
+    with pytest.raises(InvalidArgument, match="found 1 held-out image"):
+        evaluate(run_of(LinearGaussian()), grey_images[:1], 7)
 
 
 def test_held_out_images_are_never_mirrored(few_digits, tmp_path):

@@ -162,3 +162,24 @@ def test_while_only_the_mean_is_trained_the_entropy_is_constant_and_the_spread_g
     assert all(parameter.grad is None for parameter in spread.parameters())
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
     assert all(parameter.grad is not None for parameter in model.head.mean.parameters())
+
+
+def test_a_share_of_the_first_phases_loss_holds_the_mean_and_leaves_the_bound_alone():
+    torch.manual_seed(0)
+    share = 0.25
+    free, held = (build_model(tiny_config("sos-vae", mean_share=value)) for value in (0.0, share))
+    held.load_state_dict(free.state_dict())
+    images, noise = torch.rand(3, 1, 8, 8), torch.randn(3, 4)
+    before, terms = bound_terms(free, images, noise), bound_terms(held, images, noise)
+    torch.testing.assert_close(terms.bound, before.bound)
+    mean = held.density(held.posterior(images).draw(noise)).mean
+    normal = torch.distributions.Normal(mean, held.head.mean_variance**0.5)
+    expected = share * normal.log_prob(images).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(terms.mean_hold, expected.double())
+    multipliers = Multipliers({"kl": 1.0}, 250.0)
+    loss, loss_before = multipliers.lagrangian(terms), multipliers.lagrangian(before)
+    torch.testing.assert_close(loss, loss_before - expected.double().mean())
+    loss.backward()
+    assert held.head.factor.weight.grad is not None
+    # In the first phase it is the whole loss already.
+    assert bound_terms(held, images, noise, mean_only=True).mean_hold == 0

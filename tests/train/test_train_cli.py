@@ -56,7 +56,7 @@ WRONG_COMMANDS = {
     "--device: found 'tpu'; expected cpu, cuda or auto": ("sos-vae", "--data", "digits", *TINY, "--device", "tpu"),
     "--image-size: found '8by8'; expected N or HxW": ("sos-vae", "--data", "digits", "--image-size", "8by8"),
     "--widths: found '8;16'; expected whole numbers": ("sos-vae", "--data", "digits", "--widths", "8;16"),
-    "its size is 300x300; expected 8 to 256": ("sos-vae", "--data", "digits", "--image-size", "300"),
+    "--image-size: found 300; expected 8 to 256 each way": ("sos-vae", "--data", "digits", "--image-size", "300"),
 }
 
 

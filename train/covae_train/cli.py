@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,8 @@ def config_for(folder: Path, family: str, images: ImageData, given: dict[str, An
 def fit_with_progress(trainer: Trainer) -> None:
     """Train to the end behind a progress bar that shows the bound, its terms and the multipliers."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     from covae_train.training import StepReport
 
@@ -119,13 +121,14 @@ def fit_with_progress(trainer: Trainer) -> None:
     if trainer.step:
         console.print(f"{trainer.folder}: resuming at step {trainer.step} of {trainer.total_steps}")
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=16),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        # The rest of the line, cut where it ends.
+        TextColumn("{task.fields[terms]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Progress(*columns, console=console) as progress:
+    every = max(1, trainer.config.epochs // 10)
+    with Progress(*columns, console=console, expand=True) as progress:
         task = progress.add_task("training", total=trainer.total_steps, completed=trainer.step, terms="")
 
         def show(report: StepReport) -> None:
@@ -134,18 +137,25 @@ def fit_with_progress(trainer: Trainer) -> None:
             terms = f"bound {report.bound:,.0f} KL {report.kl:.1f} entropy {report.entropy:,.1f} {multipliers}"
             description = f"epoch {report.epoch + 1}/{trainer.config.epochs} ({phase})"
             progress.update(task, completed=report.step, description=description, terms=terms)
+            if not console.is_terminal and report.step % (every * trainer.steps_per_epoch) == 0:
+                console.print(f"{description}  {terms}", soft_wrap=True)
 
         trainer.fit(show)
     console.print(f"{trainer.folder}: trained for {trainer.config.epochs} epochs in {trainer.seconds:,.0f} s")
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:
+    from covae_train.data import MAX_SIZE, MIN_SIZE
+
     if text is None:
         return None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise InvalidArgument(f"--image-size: found {text!r}; expected N or HxW, as 64 or 64x48")
-    return int(parts[0]), int(parts[-1])
+    height, width = int(parts[0]), int(parts[-1])
+    if not all(MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
+        raise InvalidArgument(f"--image-size: found {text}; expected {MIN_SIZE} to {MAX_SIZE} each way")
+    return height, width
 
 
 def _parse_widths(text: str | None) -> tuple[int, ...] | None:
@@ -206,24 +216,30 @@ def evaluate(
             task = progress.add_task(f"{run.run_id}: scoring", total=len(held_out))
             advance = partial(progress.advance, task)
             results.append(evaluation.evaluate(run, held_out, samples, on_image=advance))
-    table = Table(title=f"held-out images, {samples} importance samples; nats per image, pixels in [0, 1]")
-    for heading in ("run", "lag-1 autocorrelation", "log-likelihood bound", "ELBO", "images", "s/epoch"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+    table = Table("", title="held-out images; nats per image, pixels in [0, 1]")
     for result in results:
-        table.add_row(
-            result.run_id,
-            f"{result.lag1_autocorrelation:.3f}",
-            f"{result.log_likelihood_bound:,.1f} ± {result.standard_error:,.1f}",
-            f"{result.elbo:,.1f} ± {result.elbo_standard_error:,.1f}",
-            f"{result.num_images:,}",
-            f"{result.seconds_per_epoch:.1f}",
-        )
+        table.add_column(result.run_id, justify="right", overflow="fold")
+    rows: dict[str, Callable[[evaluation.Evaluation], str]] = {
+        "lag-1 autocorrelation": lambda result: f"{result.lag1_autocorrelation:.3f}",
+        f"log-likelihood bound, K = {samples}": lambda result: (
+            f"{result.log_likelihood_bound:,.1f} ± {result.standard_error:,.1f}"
+        ),
+        "ELBO": lambda result: f"{result.elbo:,.1f} ± {result.elbo_standard_error:,.1f}",
+        "RMSE of the decoded mean": lambda result: f"{result.mean_rmse:.3f}",
+        "its bias": lambda result: f"{result.mean_bias:+.3f}",
+        "images": lambda result: f"{result.num_images:,}",
+        "seconds per epoch": lambda result: f"{result.seconds_per_epoch:.2f}",
+    }
+    for heading, cell in rows.items():
+        table.add_row(heading, *(cell(result) for result in results))
     Console().print(table)
     if output:
         output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 
 
-bench = typer.Typer(help="Time Covae beside what else there is; ratios in one run.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Time Covae beside what else there is; ratios in one run.", no_args_is_help=True, add_completion=False
+)
 
 
 @bench.callback()

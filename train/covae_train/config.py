@@ -21,12 +21,14 @@ SIZE_DEFAULTS: tuple[tuple[int, dict[str, Any]], ...] = (
     (
         16,
         {"widths": (16, 32), "latent_size": 16, "rank": 8, "target_kl": 12.0}
-        | {"batch_size": 50, "mean_learning_rate": 1e-3, "learning_rate": 1e-3, "entropy_rise": 0.7},
+        | {"batch_size": 50, "mean_learning_rate": 1e-3, "learning_rate": 1e-3}
+        | {"entropy_rise": 0.7, "mean_share": 0.05},
     ),
     (
         32,
         {"widths": (16, 32, 64), "latent_size": 32, "rank": 8, "target_kl": 8.0}
-        | {"batch_size": 100, "mean_learning_rate": 1e-3, "learning_rate": 1e-3, "entropy_rise": 0.7},
+        | {"batch_size": 100, "mean_learning_rate": 1e-3, "learning_rate": 1e-3}
+        | {"entropy_rise": 0.7, "mean_share": 0.05},
     ),
     (
         256,
@@ -105,12 +107,16 @@ def build_config(config_class: type[RunConfig], given: dict[str, Any]) -> RunCon
     try:
         return config_class(**{**known, **given})
     except ValidationError as error:
-        problems = "; ".join(_problem(item) for item in error.errors() if item["type"] != FOLLOWS_FROM_ANOTHER)
+        problems = "; ".join(
+            _problem(item, config_class) for item in error.errors() if item["type"] != FOLLOWS_FROM_ANOTHER
+        )
         raise InvalidArgument(f"{given.get('family', 'the model')}: {problems}") from error
 
 
-def _problem(item: ErrorDetails) -> str:
+def _problem(item: ErrorDetails, config_class: type[RunConfig]) -> str:
     """One of pydantic's errors; those of our own validators, which are about several fields, name them already."""
     if not item["loc"]:
         return item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return f"{item['loc'][0]}: no such option; expected one of {', '.join(sorted(config_class.model_fields))}"
     return f"{'.'.join(map(str, item['loc']))}: found {item['input']!r}, {item['msg']}"

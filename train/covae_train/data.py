@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from covae_client.errors import ImageFileError
-from covae_client.images import fit_image, open_image
+from covae_client.images import find_images, fit_image, open_image
 from covae_train.errors import DataError
 
 MIN_SIZE, MAX_SIZE = 8, 256
@@ -141,15 +141,22 @@ def _load(data: str, source: Source | None) -> Any:
             return load_dataset(source.hub)
         path = Path(data)
         if path.is_dir():
+            find_images([path])
             files = _split_folders(path)
             return load_dataset("imagefolder", data_dir=str(path), data_files=files, drop_labels=True)
         if path.is_file() and path.suffix == ".parquet":
             return load_dataset("parquet", data_files={"train": str(path)})
     except DataError:
         raise
+    except ImageFileError as error:
+        raise DataError(str(error)) from error
     except Exception as error:  # the datasets library raises many kinds; each means that the data cannot be read
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        hint = "set COVAE_DATA to a folder that holds it" if source else "expected PNG, JPEG or WebP images"
+        hint = (
+            f"the hub has it, or set COVAE_DATA to a folder with {source.folder}/train.parquet"
+            if source
+            else "expected PNG, JPEG or WebP images"
+        )
         raise DataError(f"{data}: cannot be read ({reason}); {hint}") from error
     names = ", ".join(["digits", *SOURCES])
     raise DataError(f"--data: found {data!r}; expected one of {names}, a folder of images, or a parquet file")
@@ -198,7 +205,10 @@ def _stack(
         found = (image.height, image.width, 1 if image.mode in GREY_MODES else 3)
         shape = shape or _checked((*(image_size or found[:2]), channels or found[2]), name)
         if image_size is None and found[:2] != shape[:2]:
-            raise DataError(f"{name}: its size is {found[:2]}, the first image's {shape[:2]}: give --image-size")
+            raise DataError(
+                f"{name}: it is {found[0]}x{found[1]} (height x width), the first image {shape[0]}x{shape[1]}: "
+                "give --image-size"
+            )
         if channels is None and found[2] > shape[2]:
             raise DataError(f"{name}: it has colour, the first image has none: give --channels 1 or 3")
         rows.append(fit_image(image, shape))

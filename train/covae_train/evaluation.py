@@ -9,19 +9,27 @@ from math import log
 import torch
 from torch import Tensor
 
+from covae_client.errors import InvalidArgument
 from covae_train.run import TrainedRun
 from covae_train.scoring import log_weights
+
+BATCH = 256
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run's figures; log-likelihoods in nats per image, pixels in [0, 1], with standard errors over images."""
+    """A run's figures; log-likelihoods in nats per image, pixels in [0, 1], with standard errors over images.
+
+    mean_rmse, mean_bias: root mean square and mean of (decoded mean − image), the latent being the posterior's mean.
+    """
 
     run_id: str
     family: str
     epochs: int
     seconds_per_epoch: float
     lag1_autocorrelation: float
+    mean_rmse: float
+    mean_bias: float
     num_images: int
     num_samples: int
     log_likelihood_bound: float
@@ -43,6 +51,17 @@ def lag1_autocorrelation(run: TrainedRun, num_latents: int = 256, seed: int = 0)
     covariance = sum((first * second).sum() for first, second in pairs)
     power = sum((first.square() + second.square()).sum() / 2 for first, second in pairs)
     return float(covariance / power)
+
+
+@torch.no_grad()
+def mean_error(run: TrainedRun, images: Tensor) -> tuple[float, float]:
+    """Root mean square and mean of (decoded mean − image) over images (N, C, H, W) uint8, pixels in [0, 1]."""
+    square = total = 0.0
+    for batch in torch.split(images, BATCH):
+        pixels = batch.float() / 255
+        error = (run.model.density(run.model.posterior(pixels).mean).mean - pixels).double()
+        square, total = square + float(error.square().sum()), total + float(error.sum())
+    return (square / images.numel()) ** 0.5, total / images.numel()
 
 
 @torch.no_grad()
@@ -70,8 +89,15 @@ def importance_bounds(
 def evaluate(
     run: TrainedRun, held_out: Tensor, num_samples: int = 100, on_image: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """Every figure of one run on held-out images (N, C, H, W) uint8."""
+    """Every figure of one run on held-out images (N, C, H, W) uint8.
+
+    Raises:
+        InvalidArgument: fewer than two images: a standard error over images needs them.
+    """
+    if len(held_out) < 2:
+        raise InvalidArgument(f"{run.run_id}: found {len(held_out)} held-out image(s); expected 2 or more")
     bounds, elbos = importance_bounds(run, held_out, num_samples, on_image=on_image)
+    mean_rmse, mean_bias = mean_error(run, held_out)
     steps = run.state["step"] / run.state["steps_per_epoch"]
     return Evaluation(
         run_id=run.run_id,
@@ -79,6 +105,8 @@ def evaluate(
         epochs=round(steps),
         seconds_per_epoch=run.state["seconds"] / steps,
         lag1_autocorrelation=lag1_autocorrelation(run),
+        mean_rmse=mean_rmse,
+        mean_bias=mean_bias,
         num_images=len(held_out),
         num_samples=num_samples,
         log_likelihood_bound=bounds.mean().item(),

@@ -27,10 +27,12 @@ def pointwise_head(in_width: int, out_width: int, bias: float) -> nn.Conv2d:
 class DensityHead(nn.Module, ABC):
     """Feature maps (B, F, H, W) to a density over images (C, H, W).
 
-    `mean_variance` is the variance of every pixel while only the mean is trained.
+    `mean_variance` is the variance of every pixel while only the mean is trained; `mean_share` is how much of that
+    first phase's loss stays on when everything is trained.
     """
 
     mean_variance: float
+    mean_share: float = 0.0
 
     def __init__(self, in_width: int, channels: int) -> None:
         super().__init__()
@@ -38,7 +40,11 @@ class DensityHead(nn.Module, ABC):
 
     def mean_density(self, features: Tensor) -> DiagonalNormal:
         """The mean with a constant variance: what the first phase of training sees."""
-        return DiagonalNormal(self.mean(features), self.mean_variance, validate_args=False)
+        return self.density_around(self.mean(features))
+
+    def density_around(self, mean: Tensor) -> DiagonalNormal:
+        """The density of the first phase around a mean (B, C, H, W)."""
+        return DiagonalNormal(mean, self.mean_variance, validate_args=False)
 
     @abstractmethod
     def density(self, features: Tensor) -> Density:

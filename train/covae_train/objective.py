@@ -8,6 +8,10 @@ the multipliers λ of
 The released code works on sums over its batch of 25: divided by the batch size B, its damping of 10 becomes 10·B = 250
 per nat per image and its multiplier step of 1 becomes B = 25. Written with means, these two numbers describe the same
 problem for every batch size.
+
+One term is ours: −s E[log N(x; μ, D)], what the first phase trains, stays on with a share s, the `mean_share` of the
+model's head. Without it next to nothing holds the mean along the factor's columns: an error there costs 1/(σ² + D), σ²
+being their own variance, where it costs 1/D elsewhere, and what is left of its gradient drowns in the others' noise.
 """
 
 from __future__ import annotations
@@ -22,11 +26,15 @@ from covae_train.image_model import ImageModel
 
 
 class BoundTerms(NamedTuple):
-    """The parts of the evidence lower bound per image, in nats. shape of each: (B,)"""
+    """The parts of the evidence lower bound per image, in nats. shape of each: (B,)
+
+    mean_hold is no part of it: the head's `mean_share` of log N(x; μ, D).
+    """
 
     log_prob: Tensor
     kl: Tensor
     entropy: Tensor
+    mean_hold: Tensor = torch.zeros(())
 
     @property
     def bound(self) -> Tensor:
@@ -45,7 +53,10 @@ def bound_terms(model: ImageModel, images: Tensor, noise: Tensor, *, mean_only: 
     posterior = model.posterior(images)
     latent = posterior.draw(noise)
     density = model.mean_density(latent) if mean_only else model.density(latent)
-    return BoundTerms(density.log_prob(images), posterior.kl_to_prior(), density.entropy())
+    terms = BoundTerms(density.log_prob(images), posterior.kl_to_prior(), density.entropy())
+    if mean_only or not model.head.mean_share:
+        return terms
+    return terms._replace(mean_hold=model.head.mean_share * model.head.density_around(density.mean).log_prob(images))
 
 
 class Multipliers(nn.Module):
@@ -63,7 +74,7 @@ class Multipliers(nn.Module):
         A term that depends on no parameter (the entropy while only the mean is trained) has nothing to constrain: its
         multiplier gets no gradient and keeps its value.
         """
-        loss = -terms.log_prob.mean()
+        loss = -(terms.log_prob + terms.mean_hold).mean()
         for name, multiplier in self.values.items():
             term: Tensor = getattr(terms, name)
             if term.requires_grad:

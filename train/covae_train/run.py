@@ -22,7 +22,7 @@ from torch import Tensor
 
 from covae_train.config import RunConfig
 from covae_train.errors import CheckpointError
-from covae_train.families import FAMILIES, build_model
+from covae_train.families import build_model, find_family
 from covae_train.image_model import ImageModel
 
 CONFIG_FILE = "config.json"
@@ -94,8 +94,10 @@ def load_config(folder: Path) -> RunConfig:
         raise CheckpointError(f"{path}: no configuration here; expected the folder of a `covae train` run")
     try:
         values = json.loads(path.read_text())
-        return FAMILIES[values["family"]].config(**values)
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        return find_family(values["family"]).config(**values)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the configuration is damaged (it lacks {error})") from error
+    except (TypeError, ValueError, ValidationError) as error:
         raise CheckpointError(f"{path}: the configuration is damaged ({error})") from error
 
 

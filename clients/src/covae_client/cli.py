@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
-from importlib.metadata import EntryPoint, entry_points
+from contextlib import suppress
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from covae_client.errors import CovaeError
+from covae_client.errors import CovaeError, InvalidArgument
 
 COMMAND_GROUP = "covae.commands"
 # Known by name even where the package that brings them is not installed.
 COVAE_COMMANDS = ("train", "evaluate", "export", "serve", "bench", "demo")
+# No package index has Covae; whoever took its name there would be a stranger.
+INSTALL_COVAE = "this environment has its client alone; run `pip install ./clients .` in a checkout of Covae"
 INTERRUPTED = 130
 
 
@@ -37,7 +41,7 @@ class LazyGroup(TyperGroup):
         if entry is not None:
             return _loaded(entry)
         if cmd_name in COVAE_COMMANDS:
-            return _stand_in(cmd_name, f"{cmd_name} needs the covae package (pip install covae)", exit_code=2)
+            return _stand_in(cmd_name, f"{cmd_name} needs the covae package: {INSTALL_COVAE}", exit_code=2)
         return None
 
     def invoke(self, ctx: Any) -> Any:
@@ -45,7 +49,10 @@ class LazyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            _print_error(str(stop) or "interrupted")
+            if str(stop):
+                typer.echo(str(stop), err=True)
+            else:
+                _print_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except CovaeError as error:
             if os.environ.get("COVAE_DEBUG"):
@@ -110,9 +117,9 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from covae_client import __version__
-
-        typer.echo(f"covae-client {__version__}")
+        for package in ("covae", "covae-client"):
+            with suppress(PackageNotFoundError):
+                typer.echo(f"{package} {package_version(package)}")
         raise typer.Exit()
 
 
@@ -130,7 +137,12 @@ Server = Annotated[
     str, typer.Option("--server", envvar="COVAE_SERVER", metavar="HOST:PORT", help="The server's gRPC address.")
 ]
 RequestTimeout = Annotated[
-    float, typer.Option("--timeout", metavar="SECONDS", help="How long to wait for one request, retries included.")
+    float,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        help="How long to wait for one request, retries included; for the server, 5 at most.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.", show_default=True)]
 
@@ -144,7 +156,9 @@ def sample(
     noise_seed: Annotated[
         int | None, typer.Option("--noise-seed", help="Draw other samples from the same latents.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="The folder for 0000.png, 0001.png, …")] = Path("samples"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder for 0000.png, 0001.png, …", show_default="samples")
+    ] = None,
     grid: Annotated[
         Path | None, typer.Option("--grid", metavar="FILE.png", help="Write one picture of all images instead.")
     ] = None,
@@ -154,9 +168,14 @@ def sample(
     """Draw images from a served model and write them as PNG files."""
     from covae_client import commands
 
+    if out is not None and grid is not None:
+        raise InvalidArgument(f"--grid, --out: found both, {grid} and {out}; expected one of them")
+    folder = out or Path("samples")
     with commands.open_model(name, server, timeout) as model:
-        place = commands.sample(model, number=number, seed=seed, start=start, noise_seed=noise_seed, out=out, grid=grid)
-    typer.echo(f"{number} images: {place}")
+        place = commands.sample(
+            model, number=number, seed=seed, start=start, noise_seed=noise_seed, out=folder, grid=grid
+        )
+    typer.echo(f"{commands.counted(number, 'image')}: {place}")
 
 
 @app.command()
@@ -198,7 +217,7 @@ def edit(
             noise_seed=seed if noise_seed is None else noise_seed,
             out=out,
         )
-    typer.echo(f"mean.png and {samples} samples: {place}")
+    typer.echo(f"mean.png and {commands.counted(samples, 'sample')}: {place}")
 
 
 @app.command()
@@ -239,7 +258,9 @@ def score(
             if file is not None and rows:
                 try:
                     write(file, rows, name=name, num_samples=num_samples, seed=seed)
-                    written.append(f"scores of {len(rows)} files: {file}")
+                    refused = sum(bool(row.error) for row in rows)
+                    scored = commands.counted(len(rows) - refused, "file")
+                    written.append(f"scores of {scored}{f', {refused} refused' if refused else ''}: {file}")
                 except CovaeError as error:  # the other file, and the error that ended the scoring, still count
                     failed.append(str(error))
         commands.print_scores(rows)

@@ -21,7 +21,7 @@ class Client:
     It connects on the first call. One client serves many threads. Close it, or use it in a `with` statement:
 
         with Client("localhost:8001", timeout=Timeout(connect_s=2, request_s=10)) as client:
-            images = client.model("digits-sos").sample(16, seed=0)
+            images = client.model("digits-sos-vae").sample(16, seed=0)
 
     address: HOST:PORT of the server's gRPC endpoint; `dns:///HOST:PORT` spreads requests over all hosts of that name.
     timeout, retry: see `Timeout` and `Retry`. tls: None for plain text. headers: sent along with every request, names
@@ -40,7 +40,8 @@ class Client:
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        if not address or "://" in address.replace("dns:///", ""):
+        place, _, port = address.removeprefix("dns:///").rpartition(":")
+        if not place or "//" in place or not port.isdecimal():
             raise InvalidArgument(f"address: found {address!r}, expected HOST:PORT, for example {DEFAULT_ADDRESS}")
         self._transport = Transport(
             address, timeout=timeout or Timeout(), retry=retry or Retry(), tls=tls, headers=headers or {}

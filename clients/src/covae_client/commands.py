@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from covae_client.arguments import integer
+from covae_client.arguments import MAX_INDEX, integer
 from covae_client.client import Client
 from covae_client.errors import ImageFileError, InvalidArgument
 from covae_client.images import contact_sheet, encode_png, find_images, fit_image, load_edit, open_image
@@ -32,6 +32,9 @@ from covae_client.retry import Timeout
 BLOCK = 256
 # Images scored before their rows count as done: enough for several requests in flight.
 SCORED_BLOCK = 32
+# Fewer importance weights than this say nothing about the error of their sum.
+MIN_EFFECTIVE_SAMPLES = 10
+FEW_WEIGHTS = "–: so few weights carry the sum (ess below 10) that its error is unknown; a larger --num-samples helps"
 MAX_GRID_IMAGES = 10_000
 MAX_EDIT_SAMPLES = 10_000
 
@@ -57,7 +60,8 @@ SCORE_FIELDS = tuple(field.name for field in fields(FileScore) if field.name not
 @contextmanager
 def open_model(name: str, server: str, timeout_s: float) -> Iterator[Model]:
     """The model `name` on a server, for as long as the context lasts."""
-    with Client(server, timeout=Timeout(request_s=timeout_s)) as client:
+    timeout = Timeout(request_s=timeout_s)
+    with Client(server, timeout=replace(timeout, connect_s=min(timeout.connect_s, timeout_s))) as client:
         yield client.model(name)
 
 
@@ -99,6 +103,7 @@ def edit(
 ) -> Path:
     """Condition a model's image on an edit; writes mean.png and sample-K.png into `out`, which it returns."""
     integer("--samples", samples, 1, MAX_EDIT_SAMPLES)
+    integer("--index", index, 0, MAX_INDEX)
     shape = model.spec.image_shape
     mask, pixels = load_edit(edit_file, shape)
     check_writable(out / "mean.png")
@@ -160,8 +165,8 @@ def _score_block(
 
 
 def print_scores(rows: Sequence[FileScore]) -> None:
-    """Show the scores of the files that were not refused as a table."""
-    table = Table("file", "log p(x) ≥ (nats)", "± s.e.", "elbo", "bits/dim", "ess")
+    """Show the scores of the files that were not refused as a table; no standard error where few weights carry it."""
+    table = Table("file", "log p(x) ≥", "± s.e.", "ELBO", "bits/dim", "ess", title="nats per image")
     for column in table.columns[1:]:
         column.justify = "right"
         column.no_wrap = True
@@ -169,9 +174,13 @@ def print_scores(rows: Sequence[FileScore]) -> None:
     for row in rows:
         if not row.error:
             digits = (2, 2, 2, 4, 1)
-            numbers = (f"{getattr(row, name):.{places}f}" for name, places in zip(SCORE_FIELDS, digits, strict=True))
+            shown = dict(zip(SCORE_FIELDS, digits, strict=True))
+            numbers = {name: f"{getattr(row, name):.{places}f}" for name, places in shown.items()}
+            if row.effective_sample_size is not None and row.effective_sample_size < MIN_EFFECTIVE_SAMPLES:
+                numbers["standard_error"] = "–"
+                table.caption = FEW_WEIGHTS
             # Text, because a file's name may look like markup.
-            table.add_row(Text(row.file), *numbers)
+            table.add_row(Text(row.file), *numbers.values())
     if table.row_count:
         Console().print(table)
 
@@ -249,6 +258,11 @@ def _writing(file: Path, write: Callable[[], Result]) -> Result:
         return write()
     except OSError as error:
         raise InvalidArgument(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+def counted(count: int, what: str) -> str:
+    """`3 images`, `1 image`."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _blocks(total: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:

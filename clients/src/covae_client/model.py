@@ -51,7 +51,7 @@ class Model:
     it needs is not served, and the other kinds of ServerError if the server does not do it.
 
         with Client("localhost:8001") as client:
-            digits = client.model("digits-sos")
+            digits = client.model("digits-sos-vae")
             images = digits.sample(16, seed=0)
     """
 

@@ -22,11 +22,13 @@ class SosVaeConfig(RunConfig):
 
     rank: R. kappa: the entropy target's nats per component above the floor (None: `default_kappa`). entropy_rise: the
     share of phase `all` over which the entropy target rises to its full height (0: the paper's constant target).
+    mean_share: how much of phase `mean`'s loss stays on in phase `all`, which holds the mean (0: the paper).
     """
 
     rank: PositiveInt
     kappa: PositiveFloat | None = None
     entropy_rise: float = Field(default=0.0, ge=0, le=1)
+    mean_share: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _check_rank(self) -> Self:
@@ -42,10 +44,10 @@ class SosVaeConfig(RunConfig):
 class LowRankHead(DensityHead):
     """Mean and factor by 1×1 convolutions; D is the constant ε (section 3.3: the optimisation tricks)."""
 
-    def __init__(self, in_width: int, channels: int, rank: int, variance: float) -> None:
+    def __init__(self, in_width: int, channels: int, rank: int, variance: float, mean_share: float = 0.0) -> None:
         super().__init__(in_width, channels)
         self.factor = pointwise_head(in_width, rank * channels, 0.0)
-        self.rank, self.mean_variance = rank, variance
+        self.rank, self.mean_variance, self.mean_share = rank, variance, mean_share
 
     def density(self, features: Tensor) -> LowRankNormal:
         factor = self.factor(features).unflatten(1, (self.rank, -1))  # shape: (B, R, C, H, W)
@@ -58,7 +60,7 @@ def build(config: SosVaeConfig) -> ImageModel:
     return ImageModel(
         Encoder(channels, config.widths, config.latent_size),
         Decoder(config.latent_size, config.widths, height, width),
-        LowRankHead(config.widths[0], channels, config.rank, config.variance),
+        LowRankHead(config.widths[0], channels, config.rank, config.variance, config.mean_share),
         (config.latent_size,),
     )
 
