@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation
 
 from covae_client.contract import Operation
 from covae_client.images import contact_sheet
@@ -17,6 +18,7 @@ from covae_serving.demo.tour import Images, Tour
 
 COLOURS = ("#0b6e99", "#d9730d")
 SET_COLOURS = ("#0b6e99", "#d9730d", "#8a8f98")
+OUTLINE_SCALE = 20
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -26,11 +28,17 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def outlined(image: Images, mask: NDArray[np.bool_]) -> Images:
-    """The image in colour, its masked pixels tinted: where the hand was."""
-    coloured = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image.copy()
-    tint = np.array([217, 115, 13])
-    coloured[mask] = (0.45 * coloured[mask] + 0.55 * tint).astype(np.uint8)
+def enlarged(images: NDArray[Any], scale: int) -> NDArray[Any]:
+    """Every pixel of images (…, H, W, C) as scale × scale pixels."""
+    return images.repeat(scale, axis=-3).repeat(scale, axis=-2)
+
+
+def outlined(image: Images, mask: NDArray[np.bool_], scale: int) -> Images:
+    """The image, enlarged and in colour, with a line around its masked pixels. shape: (scale·H, scale·W, 3)"""
+    inside = enlarged(mask[..., None], scale)[..., 0]
+    line = binary_dilation(inside, iterations=max(1, scale // 5)) & ~inside
+    coloured = enlarged(image, scale).repeat(3 // image.shape[-1], axis=-1)
+    coloured[line] = (217, 115, 13)
     return coloured
 
 
@@ -41,16 +49,16 @@ def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
     panels += [(f"samples, {tour.family}", contact_sheet(tour.samples[:20], 5)) for tour in tours]
     steps = [
         ("an image", edit.before),
-        ("four pixels changed by hand", outlined(edit.pixels, edit.mask)),
+        ("four pixels set", outlined(edit.pixels, edit.mask, OUTLINE_SCALE)),
         ("the rest follows", edit.mean),
-        ("two samples that agree", edit.samples[0]),
-        ("", edit.samples[1]),
+        ("a sample that agrees", edit.samples[0]),
+        ("another", edit.samples[1]),
     ]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
         grid = figure.add_gridspec(2, 1, height_ratios=(1.6, 1))
         for row, pictures in enumerate((panels, steps)):
-            axes = figure.add_subfigure(grid[row]).subplots(1, len(pictures))
+            axes = figure.add_subfigure(grid[row]).subplots(1, len(pictures), gridspec_kw={"wspace": 0.08})
             for axis, (title, image) in zip(axes, pictures, strict=True):
                 axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 axis.set_title(title)

@@ -6,11 +6,14 @@ import base64
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from html import escape
+from math import ceil
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from covae_client.contract import Operation
 from covae_client.images import channels_last, contact_sheet, encode_png
@@ -28,28 +31,41 @@ h2 { font-size: 20px; margin: 44px 0 4px; padding-top: 16px; border-top: 1px sol
 p { margin: 4px 0 14px; max-width: 74ch; color: var(--soft); }
 figure { margin: 0; }
 figcaption { font-size: 13px; color: var(--soft); margin-top: 6px; }
-.row { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; }
+.row { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; margin-bottom: 20px; }
 img { display: block; max-width: 100%; height: auto; }
-img.pixels { image-rendering: pixelated; }
+figure { max-width: 100%; }
+.wide { overflow-x: auto; }
+.wide img { max-width: none; }
 table { border-collapse: collapse; font-size: 14px; margin-top: 12px; }
-th, td { padding: 5px 18px 5px 0; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
+th, td { padding: 5px 18px 5px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child, td.words { text-align: left; }
+td.words { color: var(--soft); white-space: normal; min-width: 30ch; }
 th { font-weight: 600; }
 """
 
 
-def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour]) -> None:
+@dataclass(frozen=True)
+class Figure:
+    """One row of the summary: what was measured, of each model in turn, and how to read it (if the page is to say)."""
+
+    what: str
+    values: Sequence[str]
+    meaning: str = ""
+
+
+def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], summary: Sequence[Figure]) -> None:
     """Write the page for the tours of one data set, and README's picture beside it.
 
     The first tour is of the model that has structure, the others are of baselines.
     """
     main = tours[0]
     sections = [
+        _summary(tours, summary),
         _samples(images, tours),
         _one_latent(tours),
         _interpolation(main),
         _sweep(main),
-        _edit(main),
+        _edit(tours),
         _maps(tours),
         _scores(tours),
         _latencies(tours),
@@ -60,7 +76,8 @@ def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour]) 
 <title>Covae on {escape(data)}</title><style>{STYLE}</style></head><body>
 <h1>Covae on {escape(data)}</h1>
 <p>{escape(_families(tours))} trained on {len(images.train):,} images, exported to ONNX and served by NVIDIA Triton.
-Everything below came through the gRPC client, on {machine}, {date.today().isoformat()}.</p>
+All but the training images and the first two figures came through the gRPC client, on {machine},
+{date.today().isoformat()}.</p>
 {"".join(sections)}
 </body></html>
 """
@@ -73,9 +90,18 @@ def _families(tours: Sequence[Tour]) -> str:
     return " and ".join(tour.family for tour in tours)
 
 
+def _summary(tours: Sequence[Tour], summary: Sequence[Figure]) -> str:
+    heads = "".join(f"<th>{escape(tour.name)}</th>" for tour in tours)
+    rows = []
+    for figure in (figure for figure in summary if figure.meaning):
+        cells = "".join(f"<td>{escape(value)}</td>" for value in figure.values)
+        rows.append(f'<tr><td>{escape(figure.what)}</td>{cells}<td class="words">{escape(figure.meaning)}</td></tr>')
+    return f'<div class="wide"><table><tr><th></th>{heads}<th></th></tr>{"".join(rows)}</table></div>'
+
+
 def _samples(images: ImageData, tours: Sequence[Tour]) -> str:
-    parts = [_tiles(_training(images), 6, "training images", 300)]
-    parts += [_tiles(tour.samples, 6, f"samples of {tour.name}", 300) for tour in tours]
+    parts = [_tiles(_training(images), 6, "training images", 46)]
+    parts += [_tiles(tour.samples, 6, f"samples of {tour.name}", 46) for tour in tours]
     return _section(
         "Samples",
         "Each sample is drawn from the prior and then from the density that its latent decodes to. Where pixels are "
@@ -93,8 +119,8 @@ def _training(images: ImageData) -> Images:
 def _one_latent(tours: Sequence[Tour]) -> str:
     parts = []
     for tour in tours:
-        parts.append(_tiles(tour.mean[None], 1, f"{tour.name}: the mean", 100))
-        parts.append(_tiles(tour.draws, 8, "eight samples of the same density", 830))
+        parts.append(_tiles(tour.mean[None], 1, "the mean", 88))
+        parts.append(_tiles(tour.draws, 8, f"eight samples of the same density of {tour.name}", 88))
     return _section(
         "One latent, one decoder pass, many images",
         "A decoder pass yields a whole distribution over images. The client draws from it without asking again.",
@@ -111,7 +137,7 @@ def _interpolation(tour: Tour) -> str:
         "Between four samples",
         "The corners are four samples of one density; between them their noise moves along great circles (SOS-VAE, "
         "equation 4). The latent stays the same.",
-        _row([_tiles(flat, columns, tour.name, 420)]),
+        _row([_tiles(flat, columns, tour.name, 68)]),
     )
 
 
@@ -122,42 +148,51 @@ def _sweep(tour: Tour) -> str:
     flat = tour.sweep.reshape(count * steps, *tour.sweep.shape[2:])
     return _section(
         "The largest components",
-        f"Each row scales one principal component of the factor from {SWEEP[0]:g} to {SWEEP[-1]:g} standard deviations "
-        "(equation 5); the mean is in the middle.",
-        _row([_tiles(flat, steps, f"{tour.name}: components 1 to {count}", 640)]),
+        f"Each row scales one principal component of the factor from −{-SWEEP[0]:g} to {SWEEP[-1]:g} standard "
+        "deviations (equation 5); the mean is in the middle.",
+        _row([_tiles(flat, steps, f"{tour.name}: components 1 to {count}", 72)]),
     )
 
 
-def _edit(tour: Tour) -> str:
-    edit = tour.edit
-    parts = [
-        _tiles(edit.before[None], 1, "1  the image: the density's mean", 170),
-        _tiles(figures.outlined(edit.pixels, edit.mask)[None], 1, "2  four pixels changed by hand (tinted)", 170),
-        _tiles(edit.mean[None], 1, "3  the conditional mean: the rest follows", 170),
-        _tiles(edit.samples, 2, "two conditional samples", 345),
-        _tiles(_change(edit), 1, "what followed: conditional mean minus image", 170),
-    ]
+def _edit(tours: Sequence[Tour]) -> str:
+    rows = []
+    for tour in tours:
+        edit = tour.edit
+        change, largest = _change(edit)
+        rows.append(
+            _row(
+                [
+                    _tiles(edit.before[None], 1, f"1  an image: the mean of {tour.name}", 140),
+                    _tiles(edit.pixels[None], 1, "2  four pixels set to other values", 140, edit.mask),
+                    _tiles(edit.mean[None], 1, "3  the conditional mean: the rest follows", 140),
+                    _tiles(edit.samples, 2, "two conditional samples", 140),
+                    _tiles(change, 1, f"3 minus 1: black to white is ±{largest:.0f} grey levels", 140),
+                ]
+            )
+        )
     return _section(
         "Edit a few pixels, the rest follows",
-        "Pixels fixed by hand condition the density (equation 6); the server answers with the conditional mean and "
-        "with samples that agree with them exactly.",
-        _row(parts),
+        "Fixed pixels condition the density (equation 6); the server answers with the conditional mean and with "
+        "samples that agree with them exactly. The four pixels, outlined, are the most uncertain ones, moved three "
+        "standard deviations along the direction in which they vary most. Where pixels are "
+        "independent, nothing follows.",
+        "".join(rows),
     )
 
 
-def _change(edit: Edit) -> Images:
-    """The change around mid-grey, stretched to the full range. shape: (1, H, W, C)"""
+def _change(edit: Edit) -> tuple[Images, float]:
+    """The change around mid-grey, stretched to the full range, (1, H, W, C), and the largest change in grey levels."""
     change = edit.mean.astype(np.float64) - edit.before
     largest = max(float(np.abs(change).max()), 1.0)
     stretched: Images = np.rint(127.5 + 127.5 * change / largest).astype(np.uint8)
-    return stretched[None]
+    return stretched[None], largest
 
 
 def _maps(tours: Sequence[Tour]) -> str:
     return _section(
         "What varies, and what varies together",
         "Left of each pair: the standard deviation of every pixel. Right: the covariance of every pixel with the one "
-        "marked; where pixels are independent, only that pixel has any.",
+        "marked; where pixels are independent, only that pixel has any. Each map has a scale of its own.",
         _picture(figures.maps(tours), "maps of standard deviation and covariance"),
     )
 
@@ -166,15 +201,15 @@ def _scores(tours: Sequence[Tour]) -> str:
     return _section(
         "How likely is an image?",
         f"Importance-weighted bounds with {SCORE_SAMPLES} samples for held-out images, the same images rotated, and "
-        "noise. Bits per dimension of the density at the 8-bit values, without dequantisation: figures of the two "
-        "models compare only as far as their densities do. SOS-VAE fixes the variance off its factor at 10⁻⁵, so "
+        "uniform noise. Bits per dimension of the density at the 8-bit values, without dequantisation: figures of the "
+        "two models compare only as far as their densities do. SOS-VAE fixes the variance off its factor at 10⁻⁵, so "
         "whatever its factor does not span costs it much.",
         _picture(figures.score_histograms(tours), "histograms of bits per dimension"),
     )
 
 
 def _latencies(tours: Sequence[Tour]) -> str:
-    heads = "".join(f"<th>{escape(tour.name)}: median</th><th>95 %</th>" for tour in tours)
+    heads = "".join(f"<th>{escape(tour.name)}: median</th><th>its 95 %</th>" for tour in tours)
     rows = []
     for operation in Operation:
         cells = "".join(
@@ -189,7 +224,7 @@ def _latencies(tours: Sequence[Tour]) -> str:
         f"Single-row requests, one after another, over gRPC on the same machine; n = {count} each. Boxes are "
         "quartiles, whiskers the 5th and 95th percentiles.",
         _picture(figures.latency_boxes(tours), "latencies per operation")
-        + f"<table><tr><th>operation</th>{heads}</tr>{''.join(rows)}</table>",
+        + f'<div class="wide"><table><tr><th>operation</th>{heads}</tr>{"".join(rows)}</table></div>',
     )
 
 
@@ -201,16 +236,22 @@ def _row(parts: Sequence[str]) -> str:
     return f'<div class="row">{"".join(parts)}</div>'
 
 
-def _tiles(images: Images, columns: int, caption: str, width: int) -> str:
-    source = _data_url(encode_png(contact_sheet(images, columns)))
+def _tiles(images: Images, columns: int, caption: str, tile: int, mask: NDArray[np.bool_] | None = None) -> str:
+    """Images as one picture, each `tile` CSS pixels wide; a line goes around the pixels of the mask."""
+    scale = ceil(2 * tile / images.shape[2])  # browsers shrink pictures well, and enlarge pixels unevenly
+    large = figures.enlarged(images, scale)
+    if mask is not None:
+        large = np.stack([figures.outlined(image, mask, scale) for image in images])
+    sheet = contact_sheet(large, columns, gap=scale)
+    width = round(tile * sheet.shape[1] / large.shape[2])
     return (
-        f'<figure><img class="pixels" width="{width}" alt="{escape(caption)}" src="{source}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure style="width: {width}px"><img width="{width}" alt="{escape(caption)}" '
+        f'src="{_data_url(encode_png(sheet))}"><figcaption>{escape(caption)}</figcaption></figure>'
     )
 
 
 def _picture(png: bytes, alt: str) -> str:
-    return f'<img alt="{escape(alt)}" width="960" src="{_data_url(png)}">'
+    return f'<div class="wide"><img alt="{escape(alt)}" width="960" src="{_data_url(png)}"></div>'
 
 
 def _data_url(png: bytes) -> str:

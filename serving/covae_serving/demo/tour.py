@@ -28,7 +28,7 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit in three steps: the image, the pixels changed by hand, and what follows."""
+    """An edit in three steps: the image, the pixels set to other values, and what follows."""
 
     before: Images
     pixels: Images
@@ -113,16 +113,23 @@ def _sweep(density: Density) -> Images:
 
 
 def _edit(model: Model, latent: NDArray[np.float32], density: Density, pixel: tuple[int, int]) -> Edit:
-    """Brighten or darken a 2×2 patch by three standard deviations, away from the nearer end of the range."""
+    """Set a 2×2 patch three standard deviations off along its own largest principal component.
+
+    Of the component's two directions, that which leads away from the nearer end of the range.
+    """
     row, column = pixel
     mask = np.zeros(model.spec.image_shape[:2], dtype=np.bool_)
     mask[row : row + 2, column : column + 2] = True
-    mean = np.moveaxis(density.mean, -3, -1)
-    step = 3 * np.sqrt(np.moveaxis(density.marginal_variance(), -3, -1))
-    wanted = np.where(mean[mask].mean() < 0.5, mean + step, mean - step)
-    pixels = np.where(mask[..., None], to_uint8(wanted), to_uint8(mean))
+    patch = np.argwhere(np.broadcast_to(mask, density.mean.shape))
+    covariance = np.array([density.covariance_with(place)[tuple(patch.T)] for place in patch])
+    variances, directions = np.linalg.eigh(covariance)
+    step = 3 * np.sqrt(variances[-1]) * directions[:, -1]
+    wanted = density.mean.copy()
+    brighter = wanted[:, mask].mean() < 0.5
+    wanted[tuple(patch.T)] += step if (step.sum() > 0) == brighter else -step
+    before, pixels = _image(density.mean), _image(wanted)
     first, second = (model.condition(latent, mask, pixels, seed=0, start=start) for start in (0, 1))
-    return Edit(to_uint8(mean), pixels, mask, first.image, np.stack([first.sample, second.sample]))
+    return Edit(before, pixels, mask, first.image, np.stack([first.sample, second.sample]))
 
 
 def _score(model: Model, held_out: Images) -> dict[str, Scores]:
@@ -130,7 +137,7 @@ def _score(model: Model, held_out: Images) -> dict[str, Scores]:
     noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     height, width, _ = model.spec.image_shape
     turned = np.rot90(images, axes=(1, 2)) if height == width else images[:, ::-1]
-    sets = {"held out": images, "rotated" if height == width else "upside down": turned, "noise": noise}
+    sets = {"held out": images, "rotated by 90°" if height == width else "upside down": turned, "uniform noise": noise}
     return {name: model.score(np.ascontiguousarray(x), num_samples=SCORE_SAMPLES) for name, x in sets.items()}
 
 
