@@ -72,6 +72,8 @@ class Reader:
         elif words[:1] == ["covae"]:
             done = self._covae(*words[1:], COVAE_SERVER=self._address)
             assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+        elif words == ["source", ".venv/bin/activate"]:
+            assert "-m venv .venv\n" in MAKEFILE
         elif words:
             assert " ".join(words[:2]) in MAKE_NOT_RUN, f"{line}: say here what is to be done with it"
             assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), f"{line}: the Makefile has no such target"

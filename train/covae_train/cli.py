@@ -220,13 +220,13 @@ def evaluate(
     for result in results:
         table.add_column(result.run_id, justify="right", overflow="fold")
     rows: dict[str, Callable[[evaluation.Evaluation], str]] = {
-        "lag-1 autocorrelation": lambda result: f"{result.lag1_autocorrelation:.3f}",
+        "lag-1 autocorrelation": lambda result: f"{result.lag1_autocorrelation:z.3f}",
         f"log-likelihood bound, K = {samples}": lambda result: (
             f"{result.log_likelihood_bound:,.1f} ± {result.standard_error:,.1f}"
         ),
         "ELBO": lambda result: f"{result.elbo:,.1f} ± {result.elbo_standard_error:,.1f}",
         "RMSE of the decoded mean": lambda result: f"{result.mean_rmse:.3f}",
-        "its bias": lambda result: f"{result.mean_bias:+.3f}",
+        "its bias": lambda result: f"{result.mean_bias:+z.3f}",
         "images": lambda result: f"{result.num_images:,}",
         "seconds per epoch": lambda result: f"{result.seconds_per_epoch:.2f}",
     }

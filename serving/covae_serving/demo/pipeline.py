@@ -139,7 +139,7 @@ def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour
     return [
         Figure(
             "lag-1 autocorrelation of sample − mean",
-            [f"{lag1_autocorrelation(run):.2f}" for run in runs],
+            [f"{lag1_autocorrelation(run):z.2f}" for run in runs],
             "How alike neighbouring pixels deviate from the mean: 0 is independent noise.",
         ),
         Figure(
