@@ -93,10 +93,19 @@ def test_the_deadline_counts_across_retries(triton, address):
     assert 3 < triton.calls < 30
 
 
-@pytest.mark.parametrize("address", ["", "localhost", ":8001", "localhost:", "http://localhost:8001"])
+@pytest.mark.parametrize(
+    "address", ["", "localhost", ":8001", "localhost:", "http://localhost:8001", "::1", "::1:8001", "a b:1", "[]:1"]
+)
 def test_an_address_needs_a_host_and_a_port(address):
     with pytest.raises(errors.InvalidArgument, match=r"address: found .* expected HOST:PORT"):
         Client(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["h:1", "10.0.0.1:8001", "[::1]:8001", "dns:///triton.example:8001", "ipv6:[::1]:8001", "unix:/tmp/s"]
+)
+def test_every_kind_of_address_is_taken(address):
+    Client(address).close()
 
 
 def test_no_server_is_told_within_the_connect_timeout(free_port):

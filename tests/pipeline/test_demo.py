@@ -39,8 +39,12 @@ def test_the_demo_reuses_what_is_there_and_leaves_a_summary_and_a_page(demo, tmp
     for operation in ("decode", "encode", "sample", "condition", "score"):
         assert re.search(rf"{operation}: median ms, one image +│ +[\d.]+ │ +[\d.]+ │", demo.stdout)
 
+    assert "serve digits-sos-vae digits-beta-vae" in demo.stdout
+
     page = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8")
     assert tuple(map(unescape, re.findall("<h2>(.*?)</h2>", page))) == HEADINGS
+    for what in ("lag-1 autocorrelation of sample − mean", "RMSE of the decoded mean", "ELBO, nats per image"):
+        assert re.search(rf"<td>{what}</td><td>[-\d.,]+</td><td>[-\d.,]+</td>", page)
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == page.count("<img ") > 15
     assert not re.search(r"https?://", page)

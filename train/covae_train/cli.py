@@ -137,7 +137,8 @@ def fit_with_progress(trainer: Trainer) -> None:
             terms = f"bound {report.bound:,.0f} KL {report.kl:.1f} entropy {report.entropy:,.1f} {multipliers}"
             description = f"epoch {report.epoch + 1}/{trainer.config.epochs} ({phase})"
             progress.update(task, completed=report.step, description=description, terms=terms)
-            if not console.is_terminal and report.step % (every * trainer.steps_per_epoch) == 0:
+            done = report.step == trainer.total_steps
+            if not console.is_terminal and (done or report.step % (every * trainer.steps_per_epoch) == 0):
                 console.print(f"{description}  {terms}", soft_wrap=True)
 
         trainer.fit(show)

@@ -141,16 +141,15 @@ def _load(data: str, source: Source | None) -> Any:
             return load_dataset(source.hub)
         path = Path(data)
         if path.is_dir():
-            find_images([path])
             files = _split_folders(path)
             return load_dataset("imagefolder", data_dir=str(path), data_files=files, drop_labels=True)
         if path.is_file() and path.suffix == ".parquet":
             return load_dataset("parquet", data_files={"train": str(path)})
     except DataError:
         raise
-    except ImageFileError as error:
-        raise DataError(str(error)) from error
     except Exception as error:  # the datasets library raises many kinds; each means that the data cannot be read
+        if source is None and Path(data).is_dir():
+            _require_images(Path(data))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         hint = (
             f"the hub has it, or set COVAE_DATA to a folder with {source.folder}/train.parquet"
@@ -160,6 +159,13 @@ def _load(data: str, source: Source | None) -> Any:
         raise DataError(f"{data}: cannot be read ({reason}); {hint}") from error
     names = ", ".join(["digits", *SOURCES])
     raise DataError(f"--data: found {data!r}; expected one of {names}, a folder of images, or a parquet file")
+
+
+def _require_images(folder: Path) -> None:
+    try:
+        find_images([folder])
+    except ImageFileError as error:
+        raise DataError(str(error)) from error
 
 
 def _split_folders(folder: Path) -> dict[str, str]:

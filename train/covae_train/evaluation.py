@@ -59,7 +59,7 @@ def mean_error(run: TrainedRun, images: Tensor) -> tuple[float, float]:
     square = total = 0.0
     for batch in torch.split(images, BATCH):
         pixels = batch.float() / 255
-        error = (run.model.density(run.model.posterior(pixels).mean).mean - pixels).double()
+        error = (run.model.mean_density(run.model.posterior(pixels).mean).mean - pixels).double()
         square, total = square + float(error.square().sum()), total + float(error.sum())
     return (square / images.numel()) ** 0.5, total / images.numel()
 

@@ -28,7 +28,7 @@ class DensityHead(nn.Module, ABC):
     """Feature maps (B, F, H, W) to a density over images (C, H, W).
 
     `mean_variance` is the variance of every pixel while only the mean is trained; `mean_share` is how much of that
-    first phase's loss stays on when everything is trained.
+    density's −log N(x; μ, D) stays in the loss when everything is trained.
     """
 
     mean_variance: float

@@ -28,7 +28,7 @@ from covae_train.image_model import ImageModel
 class BoundTerms(NamedTuple):
     """The parts of the evidence lower bound per image, in nats. shape of each: (B,)
 
-    mean_hold is no part of it: the head's `mean_share` of log N(x; μ, D).
+    mean_hold is no part of the bound but of the loss: the head's `mean_share` of log N(x; μ, D).
     """
 
     log_prob: Tensor

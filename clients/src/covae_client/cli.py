@@ -141,7 +141,7 @@ RequestTimeout = Annotated[
     typer.Option(
         "--timeout",
         metavar="SECONDS",
-        help="How long to wait for one request, retries included; for the server, 5 at most.",
+        help="How long to wait for one request, retries included; to connect, at most 5.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.", show_default=True)]
@@ -240,7 +240,7 @@ def score(
     Images are scaled and cut to the model's size as in training. Densities are over pixels in [0, 1], in nats, so
     values above 0 are normal. Bits per dimension are -(log p(x) - S log 255) / (S log 2) for the S numbers of an
     image, a density in units of bytes, without dequantisation noise: compare models of this project by it, not with a
-    lossless code. A standard error is too small where the effective sample size (ess) is below 10 or so.
+    lossless code. A standard error is shown as – where the effective sample size (ess) is below 10.
 
     Files that are refused are named and skipped; the exit code is then 1.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,8 @@ from covae_client.retry import Retry, Timeout
 from covae_client.transport import Endpoint, Tls, Transport
 
 DEFAULT_ADDRESS = "localhost:8001"
+# HOST:PORT, an IPv6 address in brackets; gRPC takes prefixes as dns:/// and ipv4:, and sockets as unix:PATH.
+ADDRESS = re.compile(r"unix:\S+|(dns:///|dns:|ipv4:|ipv6:)?(\[[0-9A-Fa-f:.%]+\]|[^\s/:\[\]]+):[0-9]{1,5}")
 
 
 class Client:
@@ -40,8 +43,7 @@ class Client:
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        place, _, port = address.removeprefix("dns:///").rpartition(":")
-        if not place or "//" in place or not port.isdecimal():
+        if not ADDRESS.fullmatch(address):
             raise InvalidArgument(f"address: found {address!r}, expected HOST:PORT, for example {DEFAULT_ADDRESS}")
         self._transport = Transport(
             address, timeout=timeout or Timeout(), retry=retry or Retry(), tls=tls, headers=headers or {}

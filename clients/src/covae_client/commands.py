@@ -34,7 +34,7 @@ BLOCK = 256
 SCORED_BLOCK = 32
 # Fewer importance weights than this say nothing about the error of their sum.
 MIN_EFFECTIVE_SAMPLES = 10
-FEW_WEIGHTS = "–: so few weights carry the sum (ess below 10) that its error is unknown; a larger --num-samples helps"
+FEW_WEIGHTS = "No error is shown where few weights carry the sum (ess below 10); a larger --num-samples helps."
 MAX_GRID_IMAGES = 10_000
 MAX_EDIT_SAMPLES = 10_000
 
@@ -166,7 +166,7 @@ def _score_block(
 
 def print_scores(rows: Sequence[FileScore]) -> None:
     """Show the scores of the files that were not refused as a table; no standard error where few weights carry it."""
-    table = Table("file", "log p(x) ≥", "± s.e.", "ELBO", "bits/dim", "ess", title="nats per image")
+    table = Table("file", "log p(x) ≥", "± s.e.", "ELBO", "bits/dim", "ess", title="log p(x), ± and ELBO in nats")
     for column in table.columns[1:]:
         column.justify = "right"
         column.no_wrap = True

@@ -36,7 +36,12 @@ def enlarged(images: NDArray[Any], scale: int) -> NDArray[Any]:
 def outlined(image: Images, mask: NDArray[np.bool_], scale: int) -> Images:
     """The image, enlarged and in colour, with a line around its masked pixels. shape: (scale·H, scale·W, 3)"""
     inside = enlarged(mask[..., None], scale)[..., 0]
-    line = binary_dilation(inside, iterations=max(1, scale // 5)) & ~inside
+    width = max(1, scale // 5)
+    line = binary_dilation(inside, iterations=width) & ~inside
+    # At the image's edge there is no outside: the line is drawn inside.
+    edge = np.ones_like(inside)
+    edge[width:-width, width:-width] = False
+    line |= inside & edge
     coloured = enlarged(image, scale).repeat(3 // image.shape[-1], axis=-1)
     coloured[line] = (217, 115, 13)
     return coloured

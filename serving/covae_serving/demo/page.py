@@ -45,7 +45,7 @@ th { font-weight: 600; }
 
 
 @dataclass(frozen=True)
-class Figure:
+class SummaryRow:
     """One row of the summary: what was measured, of each model in turn, and how to read it (if the page is to say)."""
 
     what: str
@@ -53,7 +53,7 @@ class Figure:
     meaning: str = ""
 
 
-def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], summary: Sequence[Figure]) -> None:
+def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], summary: Sequence[SummaryRow]) -> None:
     """Write the page for the tours of one data set, and README's picture beside it.
 
     The first tour is of the model that has structure, the others are of baselines.
@@ -76,7 +76,7 @@ def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], 
 <title>Covae on {escape(data)}</title><style>{STYLE}</style></head><body>
 <h1>Covae on {escape(data)}</h1>
 <p>{escape(_families(tours))} trained on {len(images.train):,} images, exported to ONNX and served by NVIDIA Triton.
-All but the training images and the first two figures came through the gRPC client, on {machine},
+All but the training images, lag-1 and RMSE came through the gRPC client, on {machine},
 {date.today().isoformat()}.</p>
 {"".join(sections)}
 </body></html>
@@ -90,7 +90,7 @@ def _families(tours: Sequence[Tour]) -> str:
     return " and ".join(tour.family for tour in tours)
 
 
-def _summary(tours: Sequence[Tour], summary: Sequence[Figure]) -> str:
+def _summary(tours: Sequence[Tour], summary: Sequence[SummaryRow]) -> str:
     heads = "".join(f"<th>{escape(tour.name)}</th>" for tour in tours)
     rows = []
     for figure in (figure for figure in summary if figure.meaning):
@@ -202,7 +202,7 @@ def _scores(tours: Sequence[Tour]) -> str:
         "How likely is an image?",
         f"Importance-weighted bounds with {SCORE_SAMPLES} samples for held-out images, the same images rotated, and "
         "uniform noise. Bits per dimension of the density at the 8-bit values, without dequantisation: figures of the "
-        "two models compare only as far as their densities do. SOS-VAE fixes the variance off its factor at 10⁻⁵, so "
+        "two models compare only as far as their densities do. SOS-VAE fixes the variance off its factor, so "
         "whatever its factor does not span costs it much.",
         _picture(figures.score_histograms(tours), "histograms of bits per dimension"),
     )
@@ -239,8 +239,9 @@ def _row(parts: Sequence[str]) -> str:
 def _tiles(images: Images, columns: int, caption: str, tile: int, mask: NDArray[np.bool_] | None = None) -> str:
     """Images as one picture, each `tile` CSS pixels wide; a line goes around the pixels of the mask."""
     scale = ceil(2 * tile / images.shape[2])  # browsers shrink pictures well, and enlarge pixels unevenly
-    large = figures.enlarged(images, scale)
-    if mask is not None:
+    if mask is None:
+        large = figures.enlarged(images, scale)
+    else:
         large = np.stack([figures.outlined(image, mask, scale) for image in images])
     sheet = contact_sheet(large, columns, gap=scale)
     width = round(tile * sheet.shape[1] / large.shape[2])

@@ -18,7 +18,7 @@ from covae_client.contract import ModelSpec, Operation
 from covae_client.errors import CovaeError
 from covae_client.images import channels_last
 from covae_export.exporting import export_run
-from covae_serving.demo.page import Figure, write_page
+from covae_serving.demo.page import SummaryRow, write_page
 from covae_serving.demo.tour import Tour, take_tour
 from covae_serving.installation import find_installation
 from covae_serving.repository import read_model
@@ -133,31 +133,33 @@ def _tour(model: Model, held_out: NDArray[np.uint8], say: object) -> Tour:
     return take_tour(model, held_out, lambda what: say(f"{model.name}: {what}"))
 
 
-def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour]) -> list[Figure]:
+def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour]) -> list[SummaryRow]:
     scores = [tour.scores["held out"] for tour in tours]
-    floor = min(run.config.variance for run in runs)
+    floor = runs[0].config.variance
     return [
-        Figure(
+        SummaryRow(
             "lag-1 autocorrelation of sample − mean",
             [f"{lag1_autocorrelation(run):z.2f}" for run in runs],
             "How alike neighbouring pixels deviate from the mean: 0 is independent noise.",
         ),
-        Figure(
+        SummaryRow(
             "RMSE of the decoded mean",
             [f"{mean_error(run, images.held_out)[0]:.3f}" for run in runs],
             "Over held-out images, pixels in [0, 1].",
         ),
-        Figure(
+        SummaryRow(
             "log-likelihood bound, nats per image",
             [f"{s.log_likelihood_bound.mean():,.0f}" for s in scores],
             "Held-out images; a density over pixels in [0, 1], so above 0 is normal. Compare models of one "
             f"family by it: SOS-VAE pays r²/(2·{floor:g}) for every residual r that its factor does not "
             "span, the β-VAE learns its variance.",
         ),
-        Figure("ELBO, nats per image", [f"{s.elbo.mean():,.0f}" for s in scores], "The same with one sample."),
-        Figure("seconds per epoch of training", [f"{run.state['seconds'] / run.config.epochs:.2f}" for run in runs]),
+        SummaryRow("ELBO, nats per image", [f"{s.elbo.mean():,.0f}" for s in scores], "The same with one sample."),
+        SummaryRow(
+            "seconds per epoch of training", [f"{run.state['seconds'] / run.config.epochs:.2f}" for run in runs]
+        ),
         *(
-            Figure(
+            SummaryRow(
                 f"{operation.value}: median ms, one image",
                 [f"{1000 * np.median(tour.latencies_s[operation]):.1f}" for tour in tours],
             )
@@ -166,7 +168,7 @@ def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour
     ]
 
 
-def _table(runs: Sequence[TrainedRun], summary: Sequence[Figure]) -> Table:
+def _table(runs: Sequence[TrainedRun], summary: Sequence[SummaryRow]) -> Table:
     table = Table("", title="what came out")
     for run in runs:
         table.add_column(run.run_id, justify="right")

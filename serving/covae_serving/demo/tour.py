@@ -92,7 +92,7 @@ def _image(values: NDArray[np.floating[Any]]) -> Images:
 
 
 def _most_uncertain(deviation: NDArray[np.floating[Any]]) -> tuple[int, int]:
-    """The inner pixel whose 2×2 patch varies most."""
+    """The pixel whose 2×2 patch, below and to its right, varies most."""
     patches = deviation[:-1, :-1] + deviation[1:, :-1] + deviation[:-1, 1:] + deviation[1:, 1:]
     row, column = np.unravel_index(int(patches.argmax()), patches.shape)
     return int(row), int(column)
@@ -113,17 +113,20 @@ def _sweep(density: Density) -> Images:
 
 
 def _edit(model: Model, latent: NDArray[np.float32], density: Density, pixel: tuple[int, int]) -> Edit:
-    """Set a 2×2 patch three standard deviations off along its own largest principal component.
+    """Set a 2×2 patch three standard deviations off, along its own largest principal component if it has any.
 
-    Of the component's two directions, that which leads away from the nearer end of the range.
+    Of the two directions, that which leads away from the nearer end of the range.
     """
     row, column = pixel
     mask = np.zeros(model.spec.image_shape[:2], dtype=np.bool_)
     mask[row : row + 2, column : column + 2] = True
     patch = np.argwhere(np.broadcast_to(mask, density.mean.shape))
     covariance = np.array([density.covariance_with(place)[tuple(patch.T)] for place in patch])
-    variances, directions = np.linalg.eigh(covariance)
-    step = 3 * np.sqrt(variances[-1]) * directions[:, -1]
+    if density.rank:
+        variances, directions = np.linalg.eigh(covariance)
+        step = 3 * np.sqrt(variances[-1]) * directions[:, -1]
+    else:  # independent pixels vary together in no direction
+        step = 3 * np.sqrt(np.diagonal(covariance))
     wanted = density.mean.copy()
     brighter = wanted[:, mask].mean() < 0.5
     wanted[tuple(patch.T)] += step if (step.sum() > 0) == brighter else -step

@@ -22,7 +22,7 @@ class SosVaeConfig(RunConfig):
 
     rank: R. kappa: the entropy target's nats per component above the floor (None: `default_kappa`). entropy_rise: the
     share of phase `all` over which the entropy target rises to its full height (0: the paper's constant target).
-    mean_share: how much of phase `mean`'s loss stays on in phase `all`, which holds the mean (0: the paper).
+    mean_share: how much of phase `mean`'s −log N(x; μ, D) stays on in phase `all` and holds the mean (0: the paper).
     """
 
     rank: PositiveInt
@@ -69,7 +69,7 @@ def targets(config: SosVaeConfig, progress: float) -> dict[str, float]:
     """ξ_KL and ξ_H of equation 3; ξ_H = floor + κ R, the floor being the entropy of N(μ, ε I).
 
     With `entropy_rise`, ξ_H starts lower. Granted all at once, the entropy is taken by whatever direction the untrained
-    factor has, such as the whole background's brightness; later the mean drifts there, since nothing holds it.
+    factor has, such as the whole background's brightness.
     """
     kappa = config.kappa or default_kappa(config.image_size, config.rank, config.variance)
     floor = 0.5 * config.image_size * log(2 * pi * e * config.variance)
