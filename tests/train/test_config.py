@@ -1,5 +1,7 @@
 """Configurations: complete, frozen, and refused with the option's name, the value found and the value expected."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -138,3 +140,11 @@ def test_the_default_kappa_is_the_entropy_of_equal_orthogonal_components():
 
 def test_a_beta_vae_constrains_the_kl_alone():
     assert find_family("beta-vae").targets(tiny_config("beta-vae", target_kl=7), 1.0) == {"kl": 7}
+
+
+def test_a_run_begun_before_an_option_existed_keeps_what_it_had(tmp_path):
+    values = tiny_config("sos-vae").model_dump(mode="json")
+    del values["mean_share"], values["entropy_rise"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found = load_config(tmp_path)
+    assert (found.mean_share, found.entropy_rise) == (0.0, 0.0)

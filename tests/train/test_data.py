@@ -174,6 +174,16 @@ def test_an_unknown_name_is_told_with_the_known_ones():
         load_images("minst")
 
 
+def test_splits_may_be_links_to_folders_elsewhere(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 4), ("test", 2)):
+        write_folder(tmp_path / f"real-{split}", pictures(count))
+        (data / split).symlink_to(tmp_path / f"real-{split}")
+    images = load_images(str(data))
+    assert (len(images.train), len(images.held_out)) == (4, 2)
+
+
 @pytest.mark.parametrize("content", [None, "notes.txt"])
 def test_a_folder_without_images_is_told(content, tmp_path):
     folder = tmp_path / "nothing"
