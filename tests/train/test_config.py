@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from covae_client.errors import InvalidArgument
 from covae_train.config import DEFAULT_PIXEL_VARIANCE, default_kappa
+from covae_train.errors import CheckpointError
 from covae_train.families import FAMILIES, find_family, make_config
 from covae_train.run import load_config
 
@@ -71,7 +72,7 @@ def test_from_33_pixels_on_the_defaults_are_the_papers():
     assert (config.widths, config.latent_size, config.rank) == ((64, 128, 256, 512), 128, 25)
     assert (config.target_kl, config.batch_size, config.learning_rate) == (45.0, 25, 1e-4)
     assert (config.variance, config.damping, config.multiplier_lr) == (1e-5, 250.0, 25.0)
-    assert config.entropy_rise == 0
+    assert not config.residual_start
 
 
 def test_a_configuration_cannot_be_changed():
@@ -89,7 +90,7 @@ def test_a_saved_configuration_comes_back_equal(family, tmp_path):
 def test_the_entropy_target_decodes_the_papers_number():
     shape, paper_target = (218, 178, 3), -504_750
     config = make_config(family="sos-vae", data="celeba", image_shape=shape, kappa=7.6)
-    targets = find_family("sos-vae").targets(config, 1.0)
+    targets = find_family("sos-vae").targets(config)
     assert config.image_size == 116_412
     floor = targets["entropy"] - 7.6 * config.rank
     assert floor == pytest.approx(-504_939.9, abs=0.05)
@@ -100,21 +101,7 @@ def test_the_entropy_target_decodes_the_papers_number():
 
 def test_the_papers_grey_64_by_64_target_is_5_46_nats_a_component():
     config = make_config(family="sos-vae", data="celeba-gray", image_shape=(64, 64, 1), kappa=5.46)
-    assert find_family("sos-vae").targets(config, 1.0)["entropy"] == pytest.approx(-17_630, abs=0.5)
-
-
-def test_an_entropy_target_rises_from_a_share_of_its_height_to_all_of_it():
-    config = tiny_config(kappa=4.0, entropy_rise=0.5)
-    full = find_family("sos-vae").targets(config, 1.0)["entropy"]
-    floor = full - 4.0 * config.rank
-    heights = [find_family("sos-vae").targets(config, share)["entropy"] - floor for share in (0, 0.25, 0.5, 0.75)]
-    assert heights == pytest.approx([0.6 * 12, 0.8 * 12, 12, 12])
-
-
-def test_without_a_rise_the_entropy_target_is_the_papers_constant():
-    config = tiny_config(kappa=4.0, entropy_rise=0)
-    targets = find_family("sos-vae").targets
-    assert targets(config, 0.0) == targets(config, 0.3) == targets(config, 1.0)
+    assert find_family("sos-vae").targets(config)["entropy"] == pytest.approx(-17_630, abs=0.5)
 
 
 def test_the_default_kappa_is_about_the_papers_at_its_sizes():
@@ -139,12 +126,19 @@ def test_the_default_kappa_is_the_entropy_of_equal_orthogonal_components():
 
 
 def test_a_beta_vae_constrains_the_kl_alone():
-    assert find_family("beta-vae").targets(tiny_config("beta-vae", target_kl=7), 1.0) == {"kl": 7}
+    assert find_family("beta-vae").targets(tiny_config("beta-vae", target_kl=7)) == {"kl": 7}
 
 
 def test_a_run_begun_before_an_option_existed_keeps_what_it_had(tmp_path):
     values = tiny_config("sos-vae").model_dump(mode="json")
-    del values["mean_share"], values["entropy_rise"]
+    del values["mean_share"], values["residual_start"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     found = load_config(tmp_path)
-    assert (found.mean_share, found.entropy_rise) == (0.0, 0.0)
+    assert (found.mean_share, found.residual_start) == (0.0, False)
+
+
+def test_a_run_begun_with_an_option_that_is_gone_is_told_so(tmp_path):
+    values = tiny_config("sos-vae").model_dump(mode="json") | {"sharpness": 0.7}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="found sharpness, which this version does not have: another version"):
+        load_config(tmp_path)

@@ -22,13 +22,13 @@ SIZE_DEFAULTS: tuple[tuple[int, dict[str, Any]], ...] = (
         16,
         {"widths": (16, 32), "latent_size": 16, "rank": 8, "target_kl": 12.0}
         | {"batch_size": 50, "mean_learning_rate": 1e-3, "learning_rate": 1e-3}
-        | {"entropy_rise": 0.7, "mean_share": 0.05},
+        | {"residual_start": True, "mean_share": 0.05},
     ),
     (
         32,
         {"widths": (16, 32, 64), "latent_size": 32, "rank": 8, "target_kl": 8.0}
         | {"batch_size": 100, "mean_learning_rate": 1e-3, "learning_rate": 1e-3}
-        | {"entropy_rise": 0.7, "mean_share": 0.05},
+        | {"residual_start": True, "mean_share": 0.05},
     ),
     (
         256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,13 @@ class DensityHead(nn.Module, ABC):
     def density_around(self, mean: Tensor) -> DiagonalNormal:
         """The density of the first phase around a mean (B, C, H, W)."""
         return DiagonalNormal(mean, self.mean_variance, validate_args=False)
+
+    def start_spread(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Give the spread its first values, where phase `all` begins after a phase `mean`. Called without gradients.
+
+        Args:
+            batches: features (B, F, H, W) and images (B, C, H, W) of training images; made as they are asked for
+        """
 
     @abstractmethod
     def density(self, features: Tensor) -> Density:

@@ -87,7 +87,7 @@ def load_config(folder: Path) -> RunConfig:
     """Read a run's configuration.
 
     Raises:
-        CheckpointError: it is missing, damaged or of a family that this version does not have.
+        CheckpointError: it is missing, damaged, or of a family or with an option that this version does not have.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -97,7 +97,15 @@ def load_config(folder: Path) -> RunConfig:
         return find_family(values["family"]).config(**values)
     except KeyError as error:
         raise CheckpointError(f"{path}: the configuration is damaged (it lacks {error})") from error
-    except (TypeError, ValueError, ValidationError) as error:
+    except ValidationError as error:
+        unknown = [str(item["loc"][0]) for item in error.errors() if item["type"] == "extra_forbidden"]
+        if not unknown:
+            raise CheckpointError(f"{path}: the configuration is damaged ({error})") from error
+        raise CheckpointError(
+            f"{path}: found {', '.join(unknown)}, which this version does not have: another version began this run; "
+            "use that one, or train again with another --run"
+        ) from error
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the configuration is damaged ({error})") from error
 
 

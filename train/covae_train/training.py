@@ -4,7 +4,8 @@ Phase `mean` trains the mean alone, every pixel with the same constant variance;
 its learning rate. At the switch Adam keeps what it knows: the moments of all parameters trained so far stay, because
 their gradients go on in the same directions and a reset would send every weight of a converged trunk a full step
 (± learning rate) away. The spread's parameters have had no gradient, so they have no moments, and Adam's bias
-correction, which torch counts per parameter, starts for them at the switch.
+correction, which torch counts per parameter, starts for them at the switch. Right before, the model's head may give
+them their first values, from what the first phase left of some training images.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from covae_train.run import (
 from covae_train.threads import use_threads
 
 RECORD_EVERY_STEPS = 10
+# At most so many training images are shown to a head's `start_spread`.
+START_IMAGES = 1000
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 # Channels last is the faster layout. But fed fewer channels than this, torch's strided 1×1 convolutions then write past
 # their buffers in the backward pass (oneDNN issue 6035): wrong gradients, or a crash.
@@ -94,8 +97,7 @@ class Trainer:
         narrow = min(config.widths) < MIN_CHANNELS_LAST
         self.layout = torch.contiguous_format if narrow else torch.channels_last
         self.model = build_model(config).to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
-        self.targets = find_family(config.family).targets
-        self.multipliers = Multipliers(self.targets(config, 1.0), config.damping).to(self.device)
+        self.multipliers = Multipliers(find_family(config.family).targets(config), config.damping).to(self.device)
         self.adam = torch.optim.Adam(self.model.parameters())
         self.dual = torch.optim.SGD(self.multipliers.parameters(), lr=config.multiplier_lr, maximize=True)
         self.random = torch.Generator().manual_seed(config.seed)
@@ -114,13 +116,12 @@ class Trainer:
     @property
     def mean_only(self) -> bool:
         """The next step belongs to the first phase."""
-        return self.step < self.config.mean_epochs * self.steps_per_epoch
+        return self.step < self._switch
 
     @property
-    def progress(self) -> float:
-        """The share of phase `all` that is done, in [0, 1]."""
-        first = self.config.mean_epochs * self.steps_per_epoch
-        return max(0.0, (self.step - first) / (self.total_steps - first))
+    def _switch(self) -> int:
+        """The first step of phase `all`."""
+        return self.config.mean_epochs * self.steps_per_epoch
 
     def fit(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
         """Train to the end, from wherever the run stands; SIGINT and SIGTERM save and stop.
@@ -157,18 +158,23 @@ class Trainer:
         if self.config.flips:
             mirrored = torch.rand(len(images), generator=self.random) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        return self._scaled(images)
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """Bytes as floats on [0, 1], where and how the model wants them."""
         return (images.to(self.device).float() / 255).contiguous(memory_format=self.layout)
 
     def _train_step(self, images: Tensor) -> StepReport:
         start = time.perf_counter()
         mean_only = self.mean_only
         noise = torch.randn(len(images), *self.model.latent_shape, generator=self.random).to(self.device)
-        self.model.train()
         try:
+            if self.step == self._switch > 0:
+                self._start_spread()
+            self.model.train()
             terms = bound_terms(self.model, images, noise, mean_only=mean_only)
         except InvalidArgument as error:  # a density whose parameters left the finite numbers
             raise self._not_finite(str(error)) from error
-        self.multipliers.targets = self.targets(self.config, self.progress)
         loss = self.multipliers.lagrangian(terms)
         if not torch.isfinite(loss):
             raise self._not_finite(f"the loss is {loss.item()}")
@@ -183,6 +189,21 @@ class Trainer:
         self.step += 1
         self.seconds += time.perf_counter() - start
         return self._report(terms, epoch, mean_only)
+
+    @torch.no_grad()
+    def _start_spread(self) -> None:
+        """Let the head begin phase `all` from what phase `mean` left: the same whenever it is done before that step."""
+        random = torch.Generator().manual_seed(self.config.seed)
+        chosen = torch.randperm(len(self.data.train), generator=random)[:START_IMAGES]
+        self.model.eval()
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in torch.split(chosen, self.batch_size):
+                images = self._scaled(self.data.train[rows])
+                noise = torch.randn(len(rows), *self.model.latent_shape, generator=random).to(self.device)
+                yield self.model.decoder(self.model.posterior(images).draw(noise)), images
+
+        self.model.head.start_spread(batches())
 
     def _report(self, terms: BoundTerms, epoch: int, mean_only: bool) -> StepReport:
         with torch.no_grad():
@@ -232,7 +253,7 @@ class Trainer:
         tensors["random"] = self.random.get_state()
         state = {
             "step": self.step,
-            "phase": "mean" if self.step <= self.config.mean_epochs * self.steps_per_epoch else "all",
+            "phase": "mean" if self.step <= self._switch else "all",
             "finished": self.finished,
             "seconds": self.seconds,
             "steps_per_epoch": self.steps_per_epoch,

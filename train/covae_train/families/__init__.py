@@ -16,13 +16,12 @@ from covae_train.image_model import ImageModel
 class Family:
     """How a family is configured, built and constrained.
 
-    `targets(config, progress)` maps each constrained term of the bound (`kl`, `entropy`) to its target in nats per
-    image, at a progress through phase `all` in [0, 1].
+    `targets(config)` maps each constrained term of the bound (`kl`, `entropy`) to its target in nats per image.
     """
 
     config: type[RunConfig]
     build: Callable[[Any], ImageModel]
-    targets: Callable[[Any, float], dict[str, float]]
+    targets: Callable[[Any], dict[str, float]]
 
 
 FAMILIES = {

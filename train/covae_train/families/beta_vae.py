@@ -41,6 +41,6 @@ def build(config: BetaVaeConfig) -> ImageModel:
     )
 
 
-def targets(config: BetaVaeConfig, progress: float) -> dict[str, float]:
+def targets(config: BetaVaeConfig) -> dict[str, float]:
     """ξ_KL of equation 3; the paper found an entropy target detrimental to a β-VAE."""
     return {"kl": config.target_kl}
