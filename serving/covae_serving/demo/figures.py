@@ -19,6 +19,8 @@ from covae_serving.demo.tour import Images, Tour
 COLOURS = ("#0b6e99", "#d9730d")
 SET_COLOURS = ("#0b6e99", "#d9730d", "#8a8f98")
 OUTLINE_SCALE = 20
+# An outline is so thick that this many of them would fill the picture.
+LINES_ACROSS = 50
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -36,7 +38,7 @@ def enlarged(images: NDArray[Any], scale: int) -> NDArray[Any]:
 def outlined(image: Images, mask: NDArray[np.bool_], scale: int) -> Images:
     """The image, enlarged and in colour, with a line around its masked pixels. shape: (scale·H, scale·W, 3)"""
     inside = enlarged(mask[..., None], scale)[..., 0]
-    width = max(1, scale // 5)
+    width = max(1, max(inside.shape) // LINES_ACROSS)
     line = binary_dilation(inside, iterations=width) & ~inside
     # At the image's edge there is no outside: the line is drawn inside.
     edge = np.ones_like(inside)

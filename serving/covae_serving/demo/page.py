@@ -117,14 +117,14 @@ def _training(images: ImageData) -> Images:
 
 
 def _one_latent(tours: Sequence[Tour]) -> str:
-    parts = []
+    rows = []
     for tour in tours:
-        parts.append(_tiles(tour.mean[None], 1, "the mean", 88))
-        parts.append(_tiles(tour.draws, 8, f"eight samples of the same density of {tour.name}", 88))
+        draws = _tiles(tour.draws, 8, f"eight samples of the same density of {tour.name}", 88)
+        rows.append(_row([_tiles(tour.mean[None], 1, "the mean", 88), draws]))
     return _section(
         "One latent, one decoder pass, many images",
         "A decoder pass yields a whole distribution over images. The client draws from it without asking again.",
-        _row(parts),
+        "".join(rows),
     )
 
 
