@@ -34,7 +34,10 @@ BLOCK = 256
 SCORED_BLOCK = 32
 # Fewer importance weights than this say nothing about the error of their sum.
 MIN_EFFECTIVE_SAMPLES = 10
-FEW_WEIGHTS = "No error is shown where few weights carry the sum (ess below 10); a larger --num-samples helps."
+FEW_WEIGHTS = (
+    "No error is shown where few weights carry the sum (ess below 10): the bound may then lie far too low. "
+    "A larger --num-samples tightens it. An image's score depends on --seed and on its place in this list."
+)
 MAX_GRID_IMAGES = 10_000
 MAX_EDIT_SAMPLES = 10_000
 

@@ -164,7 +164,7 @@ def _edit(tours: Sequence[Tour]) -> str:
                 [
                     _tiles(edit.before[None], 1, f"1  an image: the mean of {tour.name}", 140),
                     _tiles(edit.pixels[None], 1, "2  four pixels set to other values", 140, edit.mask),
-                    _tiles(edit.mean[None], 1, "3  the conditional mean: the rest follows", 140),
+                    _tiles(edit.mean[None], 1, "3  the conditional mean", 140),
                     _tiles(edit.samples, 2, "two conditional samples", 140),
                     _tiles(change, 1, f"3 minus 1: black to white is ±{largest:.0f} grey levels", 140),
                 ]
@@ -209,7 +209,7 @@ def _scores(tours: Sequence[Tour]) -> str:
 
 
 def _latencies(tours: Sequence[Tour]) -> str:
-    heads = "".join(f"<th>{escape(tour.name)}: median</th><th>its 95 %</th>" for tour in tours)
+    heads = "".join(f"<th>{escape(tour.name)}: median</th><th>95th percentile</th>" for tour in tours)
     rows = []
     for operation in Operation:
         cells = "".join(

@@ -19,7 +19,7 @@ from covae_client.errors import CovaeError
 from covae_client.images import channels_last
 from covae_export.exporting import export_run
 from covae_serving.demo.page import SummaryRow, write_page
-from covae_serving.demo.tour import Tour, take_tour
+from covae_serving.demo.tour import SCORE_SAMPLES, Tour, take_tour
 from covae_serving.installation import find_installation
 from covae_serving.repository import read_model
 from covae_serving.service import Service
@@ -75,7 +75,7 @@ def run_demo(data: str, places: Places, console: Console) -> Path:
     write_page(places.page, name, images, tours, summary)
     console.print(_table(runs, summary))
     console.print("How to read these: the page says it in words, docs/results.md at length.")
-    console.print(f"{time.perf_counter() - started:.0f} s in all. Look at {places.page}, then try:")
+    console.print(f"{time.perf_counter() - started:.0f} s in all. Look at {places.page}, then try, in two terminals:")
     covae = Path(sys.argv[0]) if Path(sys.argv[0]).name == "covae" else Path("covae")
     shown = covae.relative_to(Path.cwd()) if covae.is_relative_to(Path.cwd()) else covae
     console.print(f"    {shown} serve {' '.join(run.run_id for run in runs)}", soft_wrap=True)
@@ -150,11 +150,15 @@ def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour
         SummaryRow(
             "log-likelihood bound, nats per image",
             [f"{s.log_likelihood_bound.mean():,.0f}" for s in scores],
-            "Held-out images; a density over pixels in [0, 1], so above 0 is normal. Compare models of one "
-            f"family by it: SOS-VAE pays r²/(2·{floor:g}) for every residual r that its factor does not "
-            "span, the β-VAE learns its variance.",
+            f"{len(scores[0].elbo)} held-out images, K = {SCORE_SAMPLES} weights; a density over pixels in [0, 1], so "
+            "above 0 is normal. Compare models of one family by it: SOS-VAE pays "
+            f"r²/(2·{floor:g}) for every residual r that its factor does not span, the β-VAE learns its variance.",
         ),
-        SummaryRow("ELBO, nats per image", [f"{s.elbo.mean():,.0f}" for s in scores], "The same with one sample."),
+        SummaryRow(
+            "ELBO, nats per image",
+            [f"{s.elbo.mean():,.0f}" for s in scores],
+            "The evidence lower bound of the same images.",
+        ),
         SummaryRow(
             "seconds per epoch of training", [f"{run.state['seconds'] / run.config.epochs:.2f}" for run in runs]
         ),
