@@ -29,11 +29,10 @@ body { margin: 0 auto; max-width: 1040px; padding: 32px 24px 64px; color: var(--
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; }
 h2 { font-size: 20px; margin: 44px 0 4px; padding-top: 16px; border-top: 1px solid var(--line); }
 p { margin: 4px 0 14px; max-width: 74ch; color: var(--soft); }
-figure { margin: 0; }
+figure { margin: 0; max-width: 100%; }
 figcaption { font-size: 13px; color: var(--soft); margin-top: 6px; }
 .row { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; margin-bottom: 20px; }
 img { display: block; max-width: 100%; height: auto; }
-figure { max-width: 100%; }
 .wide { overflow-x: auto; }
 .wide img { max-width: none; }
 table { border-collapse: collapse; font-size: 14px; margin-top: 12px; }

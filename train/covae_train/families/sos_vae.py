@@ -13,6 +13,7 @@ from torch import Tensor
 from covae_client.errors import InvalidArgument
 from covae_train.config import RunConfig, default_kappa
 from covae_train.densities import LowRankNormal
+from covae_train.densities.factor_posterior import gram
 from covae_train.image_model import DensityHead, ImageModel, pointwise_head
 from covae_train.networks import Decoder, Encoder
 
@@ -96,14 +97,14 @@ def residual_components(pairs: Iterable[tuple[Tensor, Tensor]], rank: int) -> Te
     grams, projections = [], []
     for features, residuals in pairs:
         maps = torch.cat([features, torch.ones_like(features[:, :1])], 1).flatten(2)  # shape: (B, F + 1, H·W)
-        grams.append((maps @ maps.mT).double().sum(0))
+        grams.append(gram(maps, None).sum(0))
         projections.append((residuals.flatten(2) @ maps.mT).double())  # shape: (B, C, F + 1)
     projection = torch.cat(projections)
     count, channels, _ = projection.shape
-    gram = torch.stack(grams).sum(0) / count
-    if not (torch.isfinite(projection).all() and torch.isfinite(gram).all()):
+    second_moment = torch.stack(grams).sum(0) / count
+    if not (torch.isfinite(projection).all() and torch.isfinite(second_moment).all()):
         raise InvalidArgument("residual_components: found NaN or infinite features or residuals; expected finite ones")
-    scales, axes = torch.linalg.eigh(gram)
+    scales, axes = torch.linalg.eigh(second_moment)
     made = scales > 1e-6 * scales[-1]  # float32 features say nothing about smaller ones
     whiten = axes[:, made] / scales[made].sqrt()
     white = (projection @ whiten).flatten(1)  # shape: (B, C·K), K the features that are linearly independent
