@@ -20,13 +20,13 @@ from zipfile import ZipFile
 ROOT = Path(__file__).parents[1]
 # Each distribution's folder, and all that its wheel may put on a user's import path.
 DISTRIBUTIONS = {
-    "covae": (ROOT, {"covae_train", "covae_export", "covae_serving"}),
-    "covae_client": (ROOT / "clients", {"covae_client"}),
+    "covae": (ROOT, {"covae_train", "covae_export", "covae_serving", "covae_apps"}),
+    "covae_client": (ROOT / "clients", {"covae_client", "covae_core"}),
 }
 BACKEND = "covae_serving/backends/onnxruntime/model.py"
 # Only Triton has the module triton_python_backend_utils, so nobody else can import these.
 ONLY_IN_TRITON = {BACKEND}
-HEAVY = ("torch", "onnx", "onnxruntime", "datasets", "covae_train", "covae_export", "covae_serving")
+HEAVY = ("torch", "onnx", "onnxruntime", "datasets", "covae_train", "covae_export", "covae_serving", "covae_apps")
 COMMANDS = ("train", "evaluate", "export", "serve", "bench", "demo", "sample", "edit", "score")
 
 IMPORT_ALL = """

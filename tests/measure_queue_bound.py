@@ -18,7 +18,7 @@ import numpy as np
 from google.protobuf import text_format
 
 from covae_client import Client
-from covae_client.contract import Operation
+from covae_core.contract import Operation
 from covae_serving.repository import read_model
 from covae_serving.service import Service
 

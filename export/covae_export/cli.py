@@ -34,7 +34,7 @@ def export(
     use_threads(1)
     from rich.console import Console
 
-    from covae_client.errors import InvalidArgument
+    from covae_core.errors import InvalidArgument
     from covae_export.exporting import Deployment, export_run
     from covae_export.triton_config import INSTANCE_KINDS
     from covae_train.run import load_run

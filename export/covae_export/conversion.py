@@ -10,10 +10,10 @@ import onnx
 import torch
 from torch import Tensor
 
-from covae_client.contract import NUMPY_DTYPES, ModelSpec, Operation, TensorSpec
+from covae_core.contract import NUMPY_DTYPES, ModelSpec, Operation, TensorSpec
+from covae_export.errors import ExportError
 from covae_export.graphs import Graph
 from covae_export.packets import fill_packets
-from covae_train.errors import ExportError
 
 OPSET = 20
 # torch.export specialises a batch of 0 or 1; any other size stays symbolic.

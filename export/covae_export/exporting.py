@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from covae_client.contract import ModelSpec, Operation
-from covae_client.errors import InvalidArgument
+from covae_core.contract import ModelSpec, Operation
+from covae_core.errors import InvalidArgument
 from covae_export.conversion import convert
+from covae_export.errors import ExportError
 from covae_export.graphs import build_graph, per_row
 from covae_export.triton_config import build_config, to_text
 from covae_export.verification import Disagreement, refuse_unacceptable, verify
-from covae_train.errors import ExportError
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 

@@ -1,6 +1,6 @@
 """The five operations as torch modules: what becomes one ONNX graph each.
 
-Inputs and outputs are those of `covae_client.contract`, with a batch axis in front.
+Inputs and outputs are those of `covae_core.contract`, with a batch axis in front.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from covae_client.contract import Operation
-from covae_client.noise import Stream
+from covae_core.contract import Operation
+from covae_core.noise import Stream
 from covae_export.float64 import in_float64, runnable_in_float64
 from covae_train.image_model import ImageModel
 from covae_train.noise import standard_normal

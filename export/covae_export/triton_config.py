@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from covae_client.contract import PLATFORM_BACKEND, ModelSpec, Operation, TensorSpec
+from covae_core.contract import PLATFORM_BACKEND, ModelSpec, Operation, TensorSpec
 
 INSTANCE_KINDS = {
     "auto": pb.ModelInstanceGroup.KIND_AUTO,

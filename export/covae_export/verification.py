@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from covae_client.contract import ModelSpec, Operation
+from covae_core.contract import ModelSpec, Operation
 from covae_export.conversion import example_inputs
+from covae_export.errors import ExportError
 from covae_export.graphs import Sample, build_reference
-from covae_train.errors import ExportError
 from covae_train.image_model import ImageModel
 
 BATCHES = (1, 2, 3, 17)

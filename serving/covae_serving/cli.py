@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from covae_train.threads import use_threads
-
 if TYPE_CHECKING:
     from covae_serving.service import Service
 
@@ -34,21 +32,6 @@ def serve(
     wanted = [part.strip() for text in operations or [] for part in text.split(",") if part.strip()]
     service = Service(repository, names or [], wanted, grpc_port=port, metrics_port=metrics_port, host=host)
     run_until_signal(service)
-
-
-def demo(
-    data: Annotated[str, typer.Option(help="digits, or whatever else `covae train --data` takes")] = "digits",
-    runs: Annotated[Path, typer.Option(help="folder for the training runs")] = Path("runs"),
-    repository: Annotated[Path, typer.Option(help="model repository to export to")] = Path("model_repository"),
-    page: Annotated[Path, typer.Option(help="the page of pictures to write")] = Path("demo/index.html"),
-) -> None:
-    """Train, export, serve, sample, edit and score on one data set; leaves a page of pictures."""
-    use_threads(1)
-    from rich.console import Console
-
-    from covae_serving.demo.pipeline import Places, run_demo
-
-    run_demo(data, Places(runs, repository, page), Console())
 
 
 def run_until_signal(service: Service) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from covae_train.errors import ServingError
+from covae_serving.errors import ServingError
 
 STUB = "triton_python_backend_stub"
 STUB_TRIAL_S = 10.0

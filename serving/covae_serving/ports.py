@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from covae_train.errors import ServingError
+from covae_serving.errors import ServingError
 
 
 def choose_ports(host: str, asked: tuple[int, int]) -> tuple[int, int]:

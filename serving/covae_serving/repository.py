@@ -9,8 +9,8 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from covae_client.contract import PLATFORM_BACKEND, Operation
-from covae_train.errors import ServingError
+from covae_core.contract import PLATFORM_BACKEND, Operation
+from covae_serving.errors import ServingError
 
 AGAIN = "export the model again with `covae export`"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 
 from covae_serving.connection import KEY_NAME, RESTRICTED, Connection
+from covae_serving.errors import ServingError
 from covae_serving.health import NO_ANSWER, Timing
 from covae_serving.installation import find_installation, has_gpu
 from covae_serving.ports import choose_ports, is_free
@@ -22,7 +23,6 @@ from covae_serving.process import TritonProcess
 from covae_serving.regions import Regions, remove_stale
 from covae_serving.repository import ServedModel, read_model
 from covae_serving.stubs import STOPPED, Stub, find_stubs
-from covae_train.errors import ServingError
 
 POLL_S = 0.05
 CONNECT_S = 0.5

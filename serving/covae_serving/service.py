@@ -12,10 +12,10 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
+from covae_serving.errors import ServingError
 from covae_serving.health import Fault, Timing, Watch
 from covae_serving.repository import ServedModel, read_repository
 from covae_serving.server import ModelRefusedError, Server, Stopped
-from covae_train.errors import ServingError
 
 LOG = logging.getLogger("covae.serve")
 TICK_S = 0.1

@@ -21,8 +21,8 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from covae_client import Client, Retry, Timeout
-from covae_client.contract import NUMPY_DTYPES, ModelSpec, Operation
-from covae_client.noise import Stream, standard_normal, uniform
+from covae_core.contract import NUMPY_DTYPES, ModelSpec, Operation
+from covae_core.noise import Stream, standard_normal, uniform
 
 SPEC = ModelSpec(
     family="sos-vae",

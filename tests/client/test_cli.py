@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from covae_client import Client
-from covae_client.images import load_edit
+from covae_core.images import load_edit
 
 
 def command(*arguments):

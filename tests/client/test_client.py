@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from covae_client import Client, Retry, Timeout, Tls, errors, transport
-from covae_client.contract import Operation
+from covae_core.contract import Operation
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from covae_client.contract import NUMPY_DTYPES, ModelSpec, Operation
-from covae_client.errors import InvalidArgument
+from covae_core.contract import NUMPY_DTYPES, ModelSpec, Operation
+from covae_core.errors import InvalidArgument
 
 SPEC = ModelSpec(
     family="spatial-mvn",

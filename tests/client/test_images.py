@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covae_client import images
-from covae_client.errors import ImageFileError, InvalidArgument
+from covae_core import images
+from covae_core.errors import ImageFileError, InvalidArgument
 
 
 def encoded(image, kind, **options):

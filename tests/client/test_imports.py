@@ -6,14 +6,6 @@ import sys
 
 import pytest
 
-HEAVY = ["torch", "onnx", "onnxruntime", "onnxscript", "covae_train", "covae_export", "covae_serving"]
-
-ALL_MODULES = """
-import pkgutil, importlib, covae_client
-for module in pkgutil.walk_packages(covae_client.__path__, "covae_client."):
-    importlib.import_module(module.name)
-"""
-
 
 def loaded_after(code):
     report = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
@@ -21,16 +13,9 @@ def loaded_after(code):
     return set(json.loads(result.stdout.splitlines()[-1]))
 
 
-def test_no_module_of_the_client_imports_the_other_packages():
-    loaded = loaded_after(ALL_MODULES)
-    assert "covae_client.cli" in loaded
-    assert "tritonclient" not in loaded
-    assert not loaded & set(HEAVY)
-
-
 @pytest.mark.parametrize("module", ["noise", "contract", "errors", "images"])
 def test_the_light_modules_stay_light(module):
-    loaded = loaded_after(f"import covae_client.{module}")
+    loaded = loaded_after(f"import covae_core.{module}")
     assert not loaded & {"grpc", "tritonclient", "scipy", "typer", "rich"}
 
 

@@ -27,7 +27,7 @@ for name in covae_client.__all__:
 for name in ("torch", "onnx", "onnxruntime", "covae_train", "covae_export", "covae_serving"):
     assert importlib.util.find_spec(name) is None, name
 
-from covae_client.noise import Stream, standard_normal, uniform
+from covae_core.noise import Stream, standard_normal, uniform
 seeds = np.array([0, 1, -5, 2**40 + 3])
 golden_uniform = [
     [0.40492138747276707, 0.00039616903945363007, 0.05469064517104788],
@@ -45,7 +45,7 @@ np.testing.assert_array_equal(uniform(seeds, 3, Stream.PIXEL), golden_uniform)
 # One unit in float32's last place: log and cos differ by that much between builds of NumPy.
 np.testing.assert_allclose(standard_normal(seeds, 3, Stream.LATENT), golden_normal, rtol=2e-7)
 
-from covae_client.densities import DiagonalNormal, LowRankNormal
+from covae_core.densities import DiagonalNormal, LowRankNormal
 mean = np.zeros((1, 2, 2), np.float32)
 factor = np.ones((1, 1, 2, 2), np.float32)
 diagonal = DiagonalNormal(mean, variance=np.ones_like(mean))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from covae_client import errors
-from covae_client.contract import Operation
-from covae_client.noise import MAX_SEED, row_seeds
+from covae_core.contract import Operation
+from covae_core.noise import MAX_SEED, row_seeds
 
 IMAGE = np.zeros((6, 5, 3), np.uint8)
 MASK = np.zeros((6, 5), bool)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from covae_client import noise
-from covae_client.noise import MAX_SEED, Stream, row_seeds, standard_normal, stream_states, uniform
+from covae_core import noise
+from covae_core.noise import MAX_SEED, Stream, row_seeds, standard_normal, stream_states, uniform
 
 # Wire seeds of 1,000 images under three users' seeds, as the server sees them.
 SEEDS = np.concatenate([row_seeds(seed, np.arange(1000)) for seed in (0, 1, MAX_SEED)])

@@ -5,8 +5,9 @@ from threading import Event
 import pytest
 
 from covae_client import Retry, Timeout
-from covae_client.errors import ConnectionFailed, InvalidArgument
+from covae_client.errors import ConnectionFailed
 from covae_client.retry import with_retries
+from covae_core.errors import InvalidArgument
 
 
 @pytest.mark.parametrize("failures", range(1, 12))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import covae_client.densities
+import covae_core.densities
 import covae_train.densities
 
 LOG_2PI = np.log(2 * np.pi)
@@ -22,7 +22,7 @@ class Home:
 
     @property
     def module(self) -> Any:
-        return covae_train.densities if self.name == "torch" else covae_client.densities
+        return covae_train.densities if self.name == "torch" else covae_core.densities
 
     def give(self, value: Any) -> Any:
         return torch.from_numpy(np.array(value)) if self.name == "torch" and not np.isscalar(value) else value

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import covae_train.densities
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 
 from .oracle import Home, problem
 

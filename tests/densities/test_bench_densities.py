@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from covae_client.errors import InvalidArgument
-from covae_train.bench_densities import Gate, bench_densities, dense_edit, draw_problem
+from covae_apps.bench_densities import Gate, bench_densities, dense_edit, draw_problem
+from covae_core.errors import InvalidArgument
 from covae_train.densities import LowRankNormal
 
 

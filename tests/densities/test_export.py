@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import covae_train.densities
-from covae_client.noise import row_seeds
+from covae_core.noise import row_seeds
 
 from .oracle import Woodbury, problem
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import covae_client.densities
+import covae_core.densities
 import covae_train.densities
-from covae_client.noise import Stream, row_seeds, standard_normal
+from covae_core.noise import Stream, row_seeds, standard_normal
 
 from .oracle import Dense, Home, Woodbury, problem
 
@@ -434,8 +434,8 @@ def test_without_a_seed_torch_draws_from_its_generator():
 
 
 def test_both_homes_offer_the_same_names():
-    for name in covae_client.densities.DENSITIES:
-        client, train = covae_client.densities.DENSITIES[name], covae_train.densities.DENSITIES[name]
+    for name in covae_core.densities.DENSITIES:
+        client, train = covae_core.densities.DENSITIES[name], covae_train.densities.DENSITIES[name]
         public = {attribute for attribute in dir(client) if not attribute.startswith("_")}
         assert public <= set(dir(train)) | {"mean"}
-    assert set(covae_client.densities.__all__) == set(covae_train.densities.__all__)
+    assert set(covae_core.densities.__all__) == set(covae_train.densities.__all__)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import covae_client.densities
+import covae_core.densities
 import covae_train.densities
 
 
@@ -14,7 +14,7 @@ def torch_slerp(start, end, steps):
     return covae_train.densities.slerp(torch.from_numpy(start), torch.from_numpy(end), steps).numpy()
 
 
-@pytest.fixture(params=[covae_client.densities.slerp, torch_slerp], ids=["numpy", "torch"])
+@pytest.fixture(params=[covae_core.densities.slerp, torch_slerp], ids=["numpy", "torch"])
 def slerp(request):
     return request.param
 

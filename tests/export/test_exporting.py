@@ -11,14 +11,15 @@ from google.protobuf import text_format
 from onnx import numpy_helper
 from tritonclient.grpc import model_config_pb2 as pb
 
-from covae_client.contract import ModelSpec, Operation
-from covae_client.errors import InvalidArgument
+from covae_core.contract import ModelSpec, Operation
+from covae_core.errors import InvalidArgument
 from covae_export.conversion import convert
+from covae_export.errors import ExportError
 from covae_export.exporting import Deployment, describe, export_run
 from covae_export.graphs import build_graph
 from covae_export.triton_config import build_config, to_text
 from covae_export.verification import refuse_unacceptable, verify
-from covae_train.errors import CheckpointError, ExportError
+from covae_train.errors import CheckpointError
 from covae_train.families import make_config
 from covae_train.run import load_run
 from covae_train.training import Trainer

@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 import torch
 
-from covae_client import images as client_images
-from covae_client.contract import NUMPY_DTYPES, Operation
-from covae_client.noise import Stream
+from covae_core import images as client_images
+from covae_core.contract import NUMPY_DTYPES, Operation
+from covae_core.noise import Stream
 from covae_export.conversion import convert, example_inputs
 from covae_export.exporting import describe
 from covae_export.graphs import build_graph, build_reference, to_uint8, to_unit

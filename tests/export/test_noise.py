@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy import stats
 
-from covae_client import noise
-from covae_client.contract import TensorSpec
-from covae_client.noise import MAX_SEED, Stream, row_seeds
+from covae_core import noise
+from covae_core.contract import TensorSpec
+from covae_core.noise import MAX_SEED, Stream, row_seeds
 from covae_export.conversion import convert
 from covae_train.noise import standard_normal
 

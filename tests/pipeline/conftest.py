@@ -17,7 +17,7 @@ import pytest
 from torch import nn
 
 from covae_client import Client, Model
-from covae_client.images import channels_last
+from covae_core.images import channels_last
 from covae_export.exporting import export_run
 from covae_serving.service import Service
 from covae_train.data import ImageData, load_images

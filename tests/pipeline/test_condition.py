@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from covae_client.images import channels_first, channels_last, to_uint8, to_unit
+from covae_core.images import channels_first, channels_last, to_uint8, to_unit
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from covae_client.contract import Operation
-from covae_client.images import channels_first, to_unit
+from covae_core.contract import Operation
+from covae_core.images import channels_first, to_unit
 from covae_train.scoring import in_float64
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from covae_client import Client, Timeout
-from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, NotFound
+from covae_client.errors import ConnectionFailed, DeadlineExceeded, NotFound
+from covae_core.errors import InvalidArgument
 from covae_serving.service import Service
 
 pytestmark = pytest.mark.slow

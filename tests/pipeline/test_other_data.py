@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from covae_client import Client, Model
-from covae_client.images import channels_last, to_uint8
+from covae_core.images import channels_last, to_uint8
 from covae_serving.service import Service
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from covae_client import Client, Model
-from covae_client.contract import Operation
-from covae_client.images import channels_last, to_uint8
+from covae_core.contract import Operation
+from covae_core.images import channels_last, to_uint8
 from covae_serving.service import Service
 from covae_serving.stubs import find_stubs
 

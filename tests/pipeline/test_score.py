@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from covae_client.contract import Operation
-from covae_client.images import channels_first
 from covae_client.model import SCORE_CALLS
-from covae_client.noise import Stream, row_seeds, uniform
 from covae_client.scoring import summarise
+from covae_core.contract import Operation
+from covae_core.images import channels_first
+from covae_core.noise import Stream, row_seeds, uniform
 
 pytestmark = pytest.mark.slow
 

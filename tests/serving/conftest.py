@@ -20,7 +20,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from covae_client.contract import NUMPY_DTYPES, PLATFORM_BACKEND, ModelSpec, Operation, TensorSpec
+from covae_core.contract import NUMPY_DTYPES, PLATFORM_BACKEND, ModelSpec, Operation, TensorSpec
 from covae_serving.regions import SHARED_MEMORY
 from covae_serving.service import Service
 from covae_serving.stubs import Stub, find_stubs

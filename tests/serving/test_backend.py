@@ -11,9 +11,9 @@ import grpc
 import numpy as np
 import pytest
 
-from covae_client.contract import Operation
+from covae_core.contract import Operation
+from covae_serving.errors import ServingError
 from covae_serving.service import Service
-from covae_train.errors import ServingError
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 LATENT = np.array([[0.5, -1, 2, 0]], np.float32)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from covae_client.contract import Operation
+from covae_core.contract import Operation
+from covae_serving.errors import ServingError
 from covae_serving.repository import read_repository
-from covae_train.errors import ServingError
 
 
 @pytest.fixture

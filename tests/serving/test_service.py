@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as messages
 
-from covae_client.contract import ModelSpec, Operation
+from covae_core.contract import ModelSpec, Operation
+from covae_serving.errors import ServingError
 from covae_serving.installation import find_installation
 from covae_serving.regions import SHARED_MEMORY
 from covae_serving.service import Service
-from covae_train.errors import ServingError
 
 LATENT = np.ones((1, 4), np.float32)
 

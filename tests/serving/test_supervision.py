@@ -20,7 +20,7 @@ import pytest
 from tritonclient.grpc.service_pb2 import ModelConfigRequest
 
 from covae_client import Client
-from covae_client.contract import Operation
+from covae_core.contract import Operation
 from covae_serving.health import Timing
 from covae_serving.service import Service
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.config import DEFAULT_PIXEL_VARIANCE, default_kappa
 from covae_train.errors import CheckpointError
 from covae_train.families import FAMILIES, find_family, make_config

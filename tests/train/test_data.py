@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.data import SOURCES, load_images
 from covae_train.errors import DataError
 from covae_train.training import Trainer

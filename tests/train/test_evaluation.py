@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.densities import DiagonalNormal, LowRankNormal
 from covae_train.evaluation import evaluate, importance_bounds, lag1_autocorrelation, mean_error
 from covae_train.families import build_model

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.families import build_model
 from covae_train.families.sos_vae import LowRankHead, residual_components
 from covae_train.training import Trainer

@@ -1,4 +1,4 @@
-"""`covae train`, `covae evaluate` and `covae bench`. Heavy imports wait until a command runs."""
+"""`covae train` and `covae evaluate`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.threads import use_threads
 
 if TYPE_CHECKING:
@@ -236,27 +236,3 @@ def evaluate(
     Console().print(table)
     if output:
         output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
-
-
-bench = typer.Typer(
-    help="Time Covae beside what else there is; ratios in one run.", no_args_is_help=True, add_completion=False
-)
-
-
-@bench.callback()
-def _bench() -> None:
-    """Time Covae beside what else there is; ratios in one run."""
-
-
-@bench.command("densities")
-def bench_densities(
-    batch: Annotated[int, typer.Option(min=1, help="images per call")] = 16,
-    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each figure")] = 30,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each side")] = 1,
-    output: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
-) -> None:
-    """Time LowRankNormal beside torch's LowRankMultivariateNormal and a naive dense-block edit."""
-    use_threads(threads)
-    from covae_train import bench_densities as benchmark
-
-    benchmark.run(batch=batch, repeats=repeats, output=output, threads=threads)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 
 ImageShape = tuple[int, int, int]
 

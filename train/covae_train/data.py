@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from covae_client.errors import ImageFileError
-from covae_client.images import find_images, fit_image, open_image
+from covae_core.errors import ImageFileError
+from covae_core.images import find_images, fit_image, open_image
 from covae_train.errors import DataError
 
 MIN_SIZE, MAX_SIZE = 8, 256

@@ -1,17 +1,14 @@
-"""Exceptions of covae: training, export and serving.
+"""Exceptions of training.
 
-covae_client.CovaeError
-├── covae_client.InvalidArgument
+covae_core.CovaeError
 ├── DataError                unknown data set, empty folder, corrupt image, wrong size
-├── TrainingError            training cannot start or go on
-│   └── CheckpointError      a run folder or checkpoint is missing, damaged or of another configuration
-├── ExportError              a graph disagrees with torch, or cannot be published
-└── ServingError             Triton or the repository is missing, broken or does not become ready
+└── TrainingError            training cannot start or go on
+    └── CheckpointError      a run folder or checkpoint is missing, damaged or of another configuration
 """
 
 from __future__ import annotations
 
-from covae_client.errors import CovaeError
+from covae_core.errors import CovaeError
 
 
 class DataError(CovaeError):
@@ -24,11 +21,3 @@ class TrainingError(CovaeError):
 
 class CheckpointError(TrainingError):
     """A run folder or its checkpoint is missing, damaged or of another configuration."""
-
-
-class ExportError(CovaeError):
-    """A graph disagrees with torch beyond its tolerance, or cannot be published."""
-
-
-class ServingError(CovaeError):
-    """Triton or its repository is missing, broken, or does not become ready."""

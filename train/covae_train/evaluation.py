@@ -9,7 +9,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.run import TrainedRun
 from covae_train.scoring import log_weights
 

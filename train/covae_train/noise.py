@@ -1,4 +1,4 @@
-"""The noise of `covae_client.noise` in torch: the same numbers, and every operation exports to ONNX."""
+"""The noise of `covae_core.noise` in torch: the same numbers, and every operation exports to ONNX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import pi
 import torch
 from torch import Tensor
 
-from covae_client.noise import MODULI, Stream, jump_multipliers, stream_states
+from covae_core.noise import MODULI, Stream, jump_multipliers, stream_states
 
 
 def uniform(seeds: Tensor, count: int, stream: Stream, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -22,7 +22,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.config import RunConfig
 from covae_train.data import ImageData
 from covae_train.errors import CheckpointError, DataError, TrainingError

@@ -38,7 +38,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, so that `import covae_client.noise` costs no more than NumPy.
+    # On first use, so that `import covae_core.noise` costs no more than NumPy.
     if name == "errors":
         return import_module("covae_client.errors")
     if name in _HOMES:

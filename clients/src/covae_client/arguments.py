@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covae_client.errors import InvalidArgument
-from covae_client.noise import MAX_SEED
+from covae_core.noise import MAX_SEED
 
-# Image indices and a seed share one 64-bit number on the wire: see `covae_client.noise.row_seeds`.
+# Image indices and a seed share one 64-bit number on the wire: see `covae_core.noise.row_seeds`.
 MAX_INDEX = 2**32 - 1
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from covae_client.contract import ModelSpec, Operation
 from covae_client.errors import ConnectionFailed, InvalidArgument, NotFound, ServerFault
 from covae_client.model import Model
 from covae_client.retry import Retry, Timeout
 from covae_client.transport import Endpoint, Tls, Transport
+from covae_core.contract import ModelSpec, Operation
 
 DEFAULT_ADDRESS = "localhost:8001"
 # HOST:PORT, an IPv6 address in brackets; gRPC takes prefixes as dns:/// and ipv4:, and sockets as unix:PATH.

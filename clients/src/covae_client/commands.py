@@ -24,9 +24,9 @@ from rich.text import Text
 from covae_client.arguments import MAX_INDEX, integer
 from covae_client.client import Client
 from covae_client.errors import ImageFileError, InvalidArgument
-from covae_client.images import contact_sheet, encode_png, find_images, fit_image, load_edit, open_image
 from covae_client.model import Model
 from covae_client.retry import Timeout
+from covae_core.images import contact_sheet, encode_png, find_images, fit_image, load_edit, open_image
 
 # Images held in memory at a time.
 BLOCK = 256

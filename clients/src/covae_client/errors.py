@@ -1,6 +1,6 @@
 """Exceptions of covae-client.
 
-CovaeError                   everything Covae raises on purpose, on either side of the wire
+CovaeError                   everything Covae raises on purpose, on either side of the wire (covae_core)
 ├── InvalidArgument          an argument is wrong: its name, the value found, the value expected (also a ValueError)
 ├── ImageFileError           an image file is refused: missing, renamed, truncated, too large
 └── ServerError              the server did not do what was asked
@@ -14,17 +14,20 @@ CovaeError                   everything Covae raises on purpose, on either side 
 
 from __future__ import annotations
 
+from covae_core.errors import CovaeError, ImageFileError, InvalidArgument
 
-class CovaeError(Exception):
-    """Base of every exception that Covae raises on purpose."""
-
-
-class InvalidArgument(CovaeError, ValueError):
-    """An argument is wrong; the message names it, the value found and the value expected."""
-
-
-class ImageFileError(CovaeError):
-    """An image file is refused; the message begins with its name."""
+__all__ = [
+    "AccessDenied",
+    "ConnectionFailed",
+    "CovaeError",
+    "DeadlineExceeded",
+    "ImageFileError",
+    "InvalidArgument",
+    "InvalidRequest",
+    "NotFound",
+    "ServerError",
+    "ServerFault",
+]
 
 
 class ServerError(CovaeError):

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covae_client import arguments
-from covae_client.contract import ModelSpec, Operation
 from covae_client.errors import InvalidArgument, NotFound, ServerFault
-from covae_client.noise import Stream, row_seeds, standard_normal
 from covae_client.scoring import Scores, summarise
 from covae_client.transport import Endpoint, Progress, Transport
+from covae_core.contract import ModelSpec, Operation
+from covae_core.noise import Stream, row_seeds, standard_normal
 
 if TYPE_CHECKING:
-    from covae_client.densities import Density
+    from covae_core.densities import Density
 
 # A seed's 2³² row seeds are shared out among images: 2²⁰ of them, each with 2¹² calls of `score`.
 SCORE_CALLS = 2**12
@@ -124,10 +124,10 @@ class Model:
     def decode(self, latent: Any, *, progress: Progress | None = None) -> Density:
         """The density p(x|z) of a latent, (…latent_shape), or of each of N, (N, …latent_shape).
 
-        Returns one of `covae_client.densities`, over images of shape (C, H, W) in [0, 1], with a leading batch axis
+        Returns one of `covae_core.densities`, over images of shape (C, H, W) in [0, 1], with a leading batch axis
         if `latent` has one.
         """
-        from covae_client.densities import DENSITIES
+        from covae_core.densities import DENSITIES
 
         latents, single = arguments.rows("latent", latent, self.spec.latent_shape, np.float32)
         if self.spec.density not in DENSITIES:

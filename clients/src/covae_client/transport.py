@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.contract import NUMPY_DTYPES, TensorSpec
 from covae_client.errors import (
     AccessDenied,
     ConnectionFailed,
@@ -25,6 +24,7 @@ from covae_client.errors import (
     ServerFault,
 )
 from covae_client.retry import Retry, Timeout, with_retries
+from covae_core.contract import NUMPY_DTYPES, TensorSpec
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]

@@ -1,4 +1,4 @@
-"""Densities over images in torch: the half of the algebra, beside covae_client.densities, that trains and exports."""
+"""Densities over images in torch: the half of the algebra, beside covae_core.densities, that trains and exports."""
 
 from collections.abc import Mapping
 

@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from covae_client.densities.checks import (
+from covae_core.densities.checks import (
     Layout,
     broadcast_batch,
     mask_batch,
@@ -22,8 +22,8 @@ from covae_client.densities.checks import (
     split_event,
     variance_batch,
 )
-from covae_client.errors import InvalidArgument
-from covae_client.noise import Stream, row_seeds
+from covae_core.errors import InvalidArgument
+from covae_core.noise import Stream, row_seeds
 from covae_train.densities.exporting import exporting
 from covae_train.noise import standard_normal
 

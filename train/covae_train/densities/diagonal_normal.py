@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from covae_client.densities.checks import (
+from covae_core.densities.checks import (
     Layout,
     broadcast_batch,
     flat_pixel,
@@ -18,7 +18,7 @@ from covae_client.densities.checks import (
     split_image,
     variance_batch,
 )
-from covae_client.noise import Stream
+from covae_core.noise import Stream
 from covae_train.densities.base import (
     POSITIVE_IMAGES,
     REAL_IMAGES,

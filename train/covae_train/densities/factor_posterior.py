@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from covae_client.densities.checks import not_positive_definite
-from covae_client.densities.factor_posterior import CONDITION_LIMITS
+from covae_core.densities.checks import not_positive_definite
+from covae_core.densities.factor_posterior import CONDITION_LIMITS
 from covae_train.densities.cached import cached
 from covae_train.densities.elimination import eliminate
 from covae_train.densities.exporting import exporting

@@ -7,7 +7,7 @@ from math import pi
 import torch
 from torch import Tensor
 
-from covae_client.densities.slerp import SMALL_ANGLE
+from covae_core.densities.slerp import SMALL_ANGLE
 
 
 def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:

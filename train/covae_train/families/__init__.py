@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.config import RunConfig, build_config
 from covae_train.families import beta_vae, sos_vae
 from covae_train.image_model import ImageModel

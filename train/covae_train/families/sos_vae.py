@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 from covae_train.config import RunConfig, default_kappa
 from covae_train.densities import LowRankNormal
 from covae_train.densities.factor_posterior import gram

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from covae_client.densities.base import (
+from covae_core.densities.base import (
     Array,
     Density,
     Drawable,
@@ -24,7 +24,7 @@ from covae_client.densities.base import (
     variance_rows,
     weighted_square,
 )
-from covae_client.densities.checks import (
+from covae_core.densities.checks import (
     Layout,
     broadcast_batch,
     flat_pixel,
@@ -32,8 +32,8 @@ from covae_client.densities.checks import (
     split_image,
     variance_batch,
 )
-from covae_client.densities.slerp import slerp
-from covae_client.noise import Stream
+from covae_core.densities.slerp import slerp
+from covae_core.noise import Stream
 
 
 class DiagonalNormal(Density):

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from covae_client.densities.base import Density, Drawable
-from covae_client.densities.diagonal_normal import ConditionalDiagonalNormal, DiagonalNormal
-from covae_client.densities.low_rank_normal import ConditionalLowRankNormal, LowRankNormal
-from covae_client.densities.slerp import slerp
+from covae_core.densities.base import Density, Drawable
+from covae_core.densities.diagonal_normal import ConditionalDiagonalNormal, DiagonalNormal
+from covae_core.densities.low_rank_normal import ConditionalLowRankNormal, LowRankNormal
+from covae_core.densities.slerp import slerp
 
 # Every density by the name that a model's config gives it (contract.ModelSpec.density).
 DENSITIES: Mapping[str, type[LowRankNormal] | type[DiagonalNormal]] = {

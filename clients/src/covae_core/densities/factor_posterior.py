@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dpotrs
 
-from covae_client.densities.checks import not_positive_definite
+from covae_core.densities.checks import not_positive_definite
 
 Array = NDArray[np.floating[Any]]
 

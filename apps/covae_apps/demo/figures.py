@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
-from covae_client.contract import Operation
-from covae_client.images import contact_sheet
-from covae_serving.demo.tour import Images, Tour
+from covae_apps.demo.tour import Images, Tour
+from covae_core.contract import Operation
+from covae_core.images import contact_sheet
 
 COLOURS = ("#0b6e99", "#d9730d")
 SET_COLOURS = ("#0b6e99", "#d9730d", "#8a8f98")

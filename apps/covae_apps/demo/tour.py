@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covae_client import Model, Scores
-from covae_client.contract import Operation
-from covae_client.densities import Density, slerp
-from covae_client.images import to_uint8
+from covae_core.contract import Operation
+from covae_core.densities import Density, slerp
+from covae_core.images import to_uint8
 
 SAMPLES = 24
 GRID = 6

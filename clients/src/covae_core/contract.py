@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 
 CONTRACT_VERSION = 1
 PLATFORM_BACKEND = "onnxruntime"

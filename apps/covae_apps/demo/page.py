@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.contract import Operation
-from covae_client.images import channels_last, contact_sheet, encode_png
-from covae_serving.demo import figures
-from covae_serving.demo.tour import SAMPLES, SCORE_SAMPLES, SWEEP, Edit, Images, Tour
+from covae_apps.demo import figures
+from covae_apps.demo.tour import SAMPLES, SCORE_SAMPLES, SWEEP, Edit, Images, Tour
+from covae_core.contract import Operation
+from covae_core.images import channels_last, contact_sheet, encode_png
 from covae_train.data import ImageData
 
 STYLE = """

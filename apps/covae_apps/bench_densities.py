@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
-import covae_client.densities
+import covae_core.densities
 import covae_train.densities
-from covae_client.errors import InvalidArgument
+from covae_core.errors import InvalidArgument
 
 VARIANCE = 1e-5
 # Root-mean-square of the factor's entries in a trained model (SOS-VAE's average pixel variance is 0.03).
@@ -313,8 +313,8 @@ def _torch_density(problem: Problem, variance: Tensor | float) -> covae_train.de
     return covae_train.densities.LowRankNormal(problem.mean, problem.factor, variance, validate_args=False)
 
 
-def _numpy_density(mean: Any, factor: Any, variance: Any) -> covae_client.densities.LowRankNormal:
-    return covae_client.densities.LowRankNormal(mean, factor, variance)
+def _numpy_density(mean: Any, factor: Any, variance: Any) -> covae_core.densities.LowRankNormal:
+    return covae_core.densities.LowRankNormal(mean, factor, variance)
 
 
 def _log_prob_of(image: Any) -> Callable[[Any], object]:

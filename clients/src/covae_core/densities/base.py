@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from covae_client.densities.checks import (
+from covae_core.densities.checks import (
     Layout,
     broadcast_batch,
     mask_batch,
@@ -21,8 +21,8 @@ from covae_client.densities.checks import (
     split_event,
     variance_batch,
 )
-from covae_client.errors import InvalidArgument
-from covae_client.noise import Stream, row_seeds, standard_normal
+from covae_core.errors import InvalidArgument
+from covae_core.noise import Stream, row_seeds, standard_normal
 
 Array = NDArray[np.floating[Any]]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from covae_client.errors import InvalidArgument
-from covae_client.noise import MAX_SEED
+from covae_core.errors import InvalidArgument
+from covae_core.noise import MAX_SEED
 
 Shape = tuple[int, ...]
 

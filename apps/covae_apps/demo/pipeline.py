@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from covae_apps.demo.page import SummaryRow, write_page
+from covae_apps.demo.tour import SCORE_SAMPLES, Tour, take_tour
 from covae_client import Client, Model
-from covae_client.contract import ModelSpec, Operation
-from covae_client.errors import CovaeError
-from covae_client.images import channels_last
+from covae_core.contract import ModelSpec, Operation
+from covae_core.errors import CovaeError
+from covae_core.images import channels_last
 from covae_export.exporting import export_run
-from covae_serving.demo.page import SummaryRow, write_page
-from covae_serving.demo.tour import SCORE_SAMPLES, Tour, take_tour
 from covae_serving.installation import find_installation
 from covae_serving.repository import read_model
 from covae_serving.service import Service

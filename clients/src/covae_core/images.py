@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from covae_client.errors import ImageFileError, InvalidArgument
+from covae_core.errors import ImageFileError, InvalidArgument
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000

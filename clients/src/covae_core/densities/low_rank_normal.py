@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from covae_client.densities.base import (
+from covae_core.densities.base import (
     Array,
     Density,
     Drawable,
@@ -24,7 +24,7 @@ from covae_client.densities.base import (
     variance_rows,
     weighted_square,
 )
-from covae_client.densities.checks import (
+from covae_core.densities.checks import (
     Layout,
     broadcast_batch,
     flat_pixel,
@@ -33,9 +33,9 @@ from covae_client.densities.checks import (
     split_image,
     variance_batch,
 )
-from covae_client.densities.factor_posterior import FactorPosterior, gram, times, times_transposed
-from covae_client.densities.slerp import slerp
-from covae_client.noise import Stream
+from covae_core.densities.factor_posterior import FactorPosterior, gram, times, times_transposed
+from covae_core.densities.slerp import slerp
+from covae_core.noise import Stream
 
 # Masks that touch more than this share of the columns are multiplied in, not gathered: a gather is a slow copy.
 GATHERED_SHARE = 1 / 3

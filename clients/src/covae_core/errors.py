@@ -1,0 +1,20 @@
+"""The base of every exception of Covae, and those that any floor may raise.
+
+CovaeError                   everything Covae raises on purpose
+├── InvalidArgument          an argument is wrong: its name, the value found, the value expected (also a ValueError)
+└── ImageFileError           an image file is refused: missing, truncated, too large
+"""
+
+from __future__ import annotations
+
+
+class CovaeError(Exception):
+    """Base of every exception that Covae raises on purpose."""
+
+
+class InvalidArgument(CovaeError, ValueError):
+    """An argument is wrong; the message names it, the value found and the value expected."""
+
+
+class ImageFileError(CovaeError):
+    """An image file is refused; the message begins with its name."""

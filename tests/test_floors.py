@@ -1,0 +1,40 @@
+"""Imports point one way, core ← client, core ← train ← export, core ← serving, all ← apps: each floor in a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+OURS = {"covae_core", "covae_client", "covae_train", "covae_export", "covae_serving", "covae_apps"}
+LEARNING = {"torch", "onnx", "onnxscript", "datasets", "matplotlib", "sklearn", "safetensors", "pydantic"}
+# What each floor may import of ours, and which of the heavy packages it must not.
+FLOORS = {
+    "covae_core": (set(), LEARNING | {"onnxruntime", "grpc", "tritonclient", "typer", "rich"}),
+    "covae_client": ({"covae_core"}, LEARNING | {"onnxruntime", "tritonclient"}),
+    "covae_serving": ({"covae_core"}, LEARNING),
+    "covae_train": ({"covae_core"}, {"onnx", "onnxruntime", "grpc", "tritonclient", "matplotlib"}),
+    "covae_export": ({"covae_core", "covae_train"}, {"matplotlib"}),
+    "covae_apps": (OURS, set()),
+}
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+package = importlib.import_module({package!r})
+for module in pkgutil.walk_packages(package.__path__, {package!r} + "."):
+    if ".backends.onnxruntime" not in module.name:
+        importlib.import_module(module.name)
+print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
+"""
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_a_floor_imports_only_what_stands_below_it(package):
+    code = IMPORT_ALL.format(package=package)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(result.stdout.splitlines()[-1]))
+    below, heavy = FLOORS[package]
+    assert package in loaded
+    assert (loaded & OURS) - {package} <= below
+    assert not loaded & heavy
