@@ -27,7 +27,9 @@ BACKEND = "covae_serving/backends/onnxruntime/model.py"
 # Only Triton has the module triton_python_backend_utils, so nobody else can import these.
 ONLY_IN_TRITON = {BACKEND}
 HEAVY = ("torch", "onnx", "onnxruntime", "datasets", "covae_train", "covae_export", "covae_serving", "covae_apps")
-COMMANDS = ("train", "evaluate", "export", "serve", "bench", "demo", "sample", "edit", "score")
+# What a serving machine does without.
+LEARNING = ("torch", "onnx", "onnxscript", "datasets", "matplotlib", "sklearn")
+COMMANDS = ("train", "evaluate", "report", "gallery", "export", "serve", "bench", "demo", "sample", "edit", "score")
 
 IMPORT_ALL = """
 import importlib, sys
@@ -136,6 +138,34 @@ def check_both(wheels: Sequence[Path], names: Sequence[str], folder: Path) -> No
     compile(backend.read_text(encoding="utf-8"), backend, "exec")
 
 
+SERVED_SAMPLE = """
+import re, signal, subprocess, sys
+from covae_client import Client
+
+command = [sys.argv[1], "serve", "--repository", sys.argv[2], "--port", "0", "--metrics-port", "0"]
+with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    address = re.match(r"gRPC +(\\S+)", process.stdout.readline())
+    assert address, "covae serve printed no address"
+    with Client(address[1], timeout=30) as client:
+        print(client.model("digits-pca").sample(3, seed=0).tobytes().hex())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+"""
+
+
+def check_serving(wheels: Sequence[Path], folder: Path) -> None:
+    """What a serving machine needs, and no more: it serves a model that was exported elsewhere."""
+    folder.mkdir()
+    covae = [sys.executable, "-m", "covae_client.cli"]
+    run([*covae, "train", "pca", "--data", "digits", "--rank", "4"], folder)
+    run([*covae, "export", "runs/digits-pca"], folder)
+    environment = Environment(folder / "environment")
+    environment.install("--constraint", ROOT / "constraints.txt", *wheels)
+    environment.run(NONE_THERE, *LEARNING)
+    scripts = environment.folder / "bin"
+    run([environment.python, "-I", "-c", SERVED_SAMPLE, scripts / "covae", folder / "model_repository"], folder)
+
+
 def check(folder: Path) -> None:
     """Build, look into and import both wheels.
 
@@ -158,6 +188,8 @@ def check(folder: Path) -> None:
     everything = [*names["covae"], *names["covae_client"]]
     check_both(list(wheels.values()), everything, folder / "both")
     say(f"both wheels: {len(everything)} modules import, {len(COMMANDS)} commands answer --help, the backend compiles")
+    check_serving(list(wheels.values()), folder / "serving")
+    say(f"a serving machine: {', '.join(LEARNING)} are not there, and a model is served and sampled")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from google.protobuf import text_format
 
 from covae_client import Client
-from covae_core.contract import Operation
+from covae_core.contract import served_name
 from covae_serving.repository import read_model
 from covae_serving.service import Service
 
@@ -28,8 +28,8 @@ STALL_S = 0.1
 
 def measure(source: Path, name: str, max_queue_size: int) -> np.ndarray:
     """Seconds of each request."""
-    entry = Operation.SCORE.model_name(name)
-    config = read_model(source, name, Operation.SCORE).config
+    entry = served_name(name, "score")
+    config = read_model(source, name, "score").config
     config.ClearField("dynamic_batching")
     config.dynamic_batching.SetInParent()
     if max_queue_size:

@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
-import covae_core.densities
-import covae_train.densities
+import covae_train.torch_backend  # noqa: F401 - lets the densities take tensors
+from covae_core.densities import LowRankNormal
 from covae_core.errors import InvalidArgument
 
 VARIANCE = 1e-5
@@ -111,7 +111,7 @@ def run(batch: int = 16, repeats: int = 30, output: Path | None = None, threads:
 def bench_densities(
     batch: int, image_shape: tuple[int, int, int], rank: int, repeats: int, json_path: Path | None
 ) -> Report:
-    """Time scores and edits of both homes in interleaved repeats, print the tables and say whether each gate holds.
+    """Time scores and edits on both kinds of arrays in interleaved repeats, print the tables, judge the gates.
 
     Raises:
         InvalidArgument: repeats < 1, or images smaller than 10×10.
@@ -142,7 +142,7 @@ def draw_problem(batch: int, image_shape: tuple[int, int, int], rank: int) -> Pr
     mean = torch.rand(batch, *image_shape, generator=generator)
     factor = FACTOR_RMS * torch.randn(batch, rank, *image_shape, generator=generator)
     variances = VARIANCE * (0.5 + torch.rand(batch, *image_shape, generator=generator))
-    image = covae_train.densities.LowRankNormal(mean, factor, VARIANCE).sample(seed=0)
+    image = LowRankNormal(mean, factor, VARIANCE).sample(1, seed=0)[0]
     size = image_shape[1:]
     square = torch.zeros(size, dtype=torch.bool)
     square[:10, :10] = True
@@ -157,7 +157,7 @@ def draw_problem(batch: int, image_shape: tuple[int, int, int], rank: int) -> Pr
 
 
 def score_cases(problem: Problem) -> list[Case]:
-    """Construct + log_prob of torch's class and of ours in both homes; ours again without the construction."""
+    """Construct + log_prob of torch's class and of ours on both kinds of arrays; ours again, constructed before."""
     mean, factor, image = (tensor.numpy() for tensor in (problem.mean, problem.factor, problem.image))
     cases = []
     for suffix, variance in (("", VARIANCE), (", full variance", problem.variances)):
@@ -206,7 +206,7 @@ def interleave(cases: list[Case], repeats: int) -> dict[str, list[float]]:
 
 
 def judge(seconds: Mapping[str, list[float]]) -> list[Gate]:
-    """The gates: scores against torch's class, edits against log_prob of the same home on a fresh density."""
+    """The gates: scores against torch's class, edits against log_prob of the same kind of array on a fresh density."""
     gates = [
         _gate(seconds, "torch: score", TORCH_SCORE, 0.8),
         _gate(seconds, "NumPy: score", TORCH_SCORE, 1.1),
@@ -227,7 +227,7 @@ def _gate(seconds: Mapping[str, list[float]], name: str, against: str, bound: fl
 def score_errors(problem: Problem) -> dict[str, float]:
     """Largest error of a float32 score in nats against float64, which the tests hold against a dense normal."""
     variance = float(torch.tensor(VARIANCE))
-    exact = covae_train.densities.LowRankNormal(problem.mean.double(), problem.factor.double(), variance)
+    exact = LowRankNormal(problem.mean.double(), problem.factor.double(), variance)
     expected = exact.log_prob(problem.image.double()).numpy()
     diagonal = torch.full_like(problem.mean, VARIANCE).flatten(1)
     density = _numpy_density(problem.mean.numpy(), problem.factor.numpy(), VARIANCE)
@@ -309,12 +309,12 @@ def _reference_score(problem: Problem, diagonal: Tensor, _: object) -> Tensor:
     return score
 
 
-def _torch_density(problem: Problem, variance: Tensor | float) -> covae_train.densities.LowRankNormal:
-    return covae_train.densities.LowRankNormal(problem.mean, problem.factor, variance, validate_args=False)
+def _torch_density(problem: Problem, variance: Tensor | float) -> LowRankNormal:
+    return LowRankNormal(problem.mean, problem.factor, variance, check=False)
 
 
-def _numpy_density(mean: Any, factor: Any, variance: Any) -> covae_core.densities.LowRankNormal:
-    return covae_core.densities.LowRankNormal(mean, factor, variance)
+def _numpy_density(mean: Any, factor: Any, variance: Any) -> LowRankNormal:
+    return LowRankNormal(mean, factor, variance)
 
 
 def _log_prob_of(image: Any) -> Callable[[Any], object]:

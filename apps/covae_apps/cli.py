@@ -1,4 +1,4 @@
-"""`covae demo` and `covae bench`. Heavy imports wait until a command runs."""
+"""`covae demo`, `covae bench`, `covae report` and `covae gallery`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from covae_train.threads import use_threads
 
 def demo(
     data: Annotated[str, typer.Option(help="digits, or whatever else `covae train --data` takes")] = "digits",
+    image_size: Annotated[str | None, typer.Option(help="N or HxW, 8 to 256  [the data's]")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB  [the data's]")] = None,
     runs: Annotated[Path, typer.Option(help="folder for the training runs")] = Path("runs"),
     repository: Annotated[Path, typer.Option(help="model repository to export to")] = Path("model_repository"),
     page: Annotated[Path, typer.Option(help="the page of pictures to write")] = Path("demo/index.html"),
@@ -21,8 +23,10 @@ def demo(
     from rich.console import Console
 
     from covae_apps.demo.pipeline import Places, run_demo
+    from covae_train.cli import parse_size
 
-    run_demo(data, Places(runs, repository, page), Console())
+    size = parse_size(image_size)
+    run_demo(data, Places(runs, repository, page), Console(), image_size=size, channels=channels)
 
 
 bench = typer.Typer(
@@ -47,3 +51,77 @@ def bench_densities(
     from covae_apps import bench_densities as benchmark
 
     benchmark.run(batch=batch, repeats=repeats, output=output, threads=threads)
+
+
+@bench.command("draw")
+def bench_draw(
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each figure")] = 30,
+    draws: Annotated[int, typer.Option(min=1, help="images of one density")] = 8,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="rows of a call, repeated  [1 and 16]")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+) -> None:
+    """Time several draws of one density beside one sample, both graphs in ONNX Runtime, the paper's model at 64×64."""
+    use_threads(threads)
+    from covae_apps.bench_draw import run
+
+    run(repeats, draws, batch or [1, 16], threads)
+
+
+def report(
+    name: Annotated[
+        str, typer.Argument(help="spatial: Tables 1 and 2 of the Spatial VAE paper; no-network: SOS-VAE 4.5")
+    ],
+    data: Annotated[str, typer.Option(help="as `covae train --data`")] = "mnist",
+    image_size: Annotated[str | None, typer.Option(help="N or HxW, 8 to 256  [the data's]")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="train on the first so many images  [all]")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="of each training")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each row")] = 3,
+    images: Annotated[int, typer.Option(min=2, help="held-out images to measure on, at most")] = 10_000,
+    measure: Annotated[list[str] | None, typer.Option(help="these measures alone, repeated  [the table's]")] = None,
+    runs: Annotated[Path, typer.Option(help="folder for the training runs, which are kept and reused")] = Path(
+        "runs/report"
+    ),
+    output: Annotated[Path | None, typer.Option(help="also write every figure to this JSON file")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+) -> None:
+    """Train and measure the rows of a paper's table, and print it with the paper's figures."""
+    use_threads(threads)
+    import json
+
+    from rich.console import Console
+
+    from covae_apps.report import REPORTS, as_markdown, run_report
+    from covae_core.errors import InvalidArgument
+    from covae_train.cli import parse_size
+    from covae_train.data import load_images
+
+    if name not in REPORTS:
+        raise InvalidArgument(f"report: found {name!r}; expected one of {', '.join(REPORTS)}")
+    table, console = REPORTS[name](), Console()
+    loaded = load_images(data, parse_size(image_size), limit=limit)
+    rows = run_report(
+        table, loaded, runs / name, console, epochs=epochs, seeds=seeds, images=images, measures=measure or []
+    )
+    console.rule(table.title)
+    typer.echo(as_markdown(table, rows))
+    if output:
+        output.write_text(json.dumps({"report": name, "data": data, "epochs": epochs, "rows": rows}, indent=2) + "\n")
+
+
+def gallery(
+    runs: Annotated[list[Path], typer.Argument(help="folders of trained runs, all of one data set")],
+    output: Annotated[Path, typer.Option(help="the picture to write")] = Path("gallery.png"),
+    seed: Annotated[int, typer.Option(min=0, help="of latents and noise")] = 0,
+) -> None:
+    """Show training images, decoded means and samples of several runs in one picture."""
+    use_threads(1)
+    from covae_apps.gallery import write_gallery
+    from covae_train.data import load_images
+    from covae_train.run import load_run
+
+    loaded = [load_run(folder) for folder in runs]
+    config = loaded[0].config
+    height, width, channels = config.image_shape
+    data = load_images(config.data, (height, width), channels, column=config.column)
+    write_gallery(loaded, data, output, seed)
+    typer.echo(f"{len(loaded)} runs: {output}")

@@ -12,6 +12,7 @@ from covae_train.threads import use_threads
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from covae_core.operations import Operation
     from covae_export.exporting import Exported
 
 
@@ -22,6 +23,7 @@ def export(
     score_samples: Annotated[
         int | None, typer.Option(min=1, max=1000, help="importance weights per call of score  [10 up to 64x64]")
     ] = None,
+    draw_samples: Annotated[int, typer.Option(min=1, max=64, help="images per call of draw")] = 8,
     max_batch_size: Annotated[int, typer.Option(min=1, help="rows the server may put into one batch")] = 64,
     instances: Annotated[int, typer.Option(min=1, help="server processes per operation")] = 1,
     instance_kind: Annotated[str, typer.Option(help="cpu, gpu, or auto: the GPU where there is one")] = "cpu",
@@ -30,7 +32,7 @@ def export(
         int, typer.Option(min=0, help="requests that may wait; 0: any number. A bound costs tail latency")
     ] = 0,
 ) -> None:
-    """Write a run's five operations as ONNX graphs with Triton configurations, checked against torch."""
+    """Write a run's operations as ONNX graphs with Triton configurations, checked against torch."""
     use_threads(1)
     from rich.console import Console
 
@@ -43,13 +45,21 @@ def export(
         raise InvalidArgument(f"--instance-kind: found {instance_kind!r}; expected one of {', '.join(INSTANCE_KINDS)}")
     console = Console()
     with console.status("loading") as status:
+
+        def say(operation: Operation) -> None:
+            what = f"exporting and checking {operation.name}"
+            status.update(what)
+            if not console.is_terminal:
+                typer.echo(what)
+
         exported = export_run(
             load_run(run),
             repository,
             name,
             score_samples=score_samples,
+            draw_samples=draw_samples,
             deployment=Deployment(max_batch_size, instances, instance_kind, threads, max_queue_size),
-            on_operation=lambda operation: status.update(f"exporting and checking {operation.value}"),
+            on_operation=say,
         )
     _print(console, exported)
 
@@ -57,10 +67,10 @@ def export(
 def _print(console: Console, exported: Exported) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{exported.name} version {exported.version}: largest error against torch, batches 1, 2, 3, 17")
+    table = Table(title=f"{exported.name} version {exported.version}: largest error against torch, over batches")
     for heading in ("operation", "output", "error", "allowed"):
         table.add_column(heading, justify="left" if heading in ("operation", "output") else "right")
     for item in exported.disagreements:
-        table.add_row(item.operation.value, item.output, f"{item.error:.2g}", f"{item.tolerance:g}")
+        table.add_row(item.operation.name, item.output, f"{item.error:.2g}", f"{item.tolerance:g}")
     console.print(table)
     console.print(f"published in {exported.repository}; serve it with: covae serve {exported.name}")

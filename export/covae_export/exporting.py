@@ -1,4 +1,4 @@
-"""A trained run to five repository entries: converted, verified, and only then published."""
+"""A trained run to one repository entry an operation: converted, verified, and only then published."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from covae_core.contract import ModelSpec, Operation
+from covae_core.contract import ModelSpec, served_name
 from covae_core.errors import InvalidArgument
+from covae_core.operations import OPERATIONS, Operation, served_names
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
-from covae_export.graphs import build_graph, per_row
+from covae_export.graphs import build_graph, describe
 from covae_export.triton_config import build_config, to_text
 from covae_export.verification import Disagreement, refuse_unacceptable, verify
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 
 MODEL_FILE = "model.onnx"
-# What the batches of `score` may take, and what a pixel of one decoder pass takes: three float64 maps of width 64.
+# Images that one row of `draw` yields.
+DRAW_SAMPLES = 8
+# What the batches of `score` may take, and what a pixel of one decoder pass takes: twelve float64 maps of width 64.
 SCORE_BYTES = 2 * 2**30
-SCORE_PIXEL_BYTES = 3 * 64 * 8
+SCORE_PIXEL_BYTES = 12 * 64 * 8
 CONFIG_FILE = "config.pbtxt"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -42,30 +43,12 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was published: five entries of one version, and how far each output is from torch."""
+    """What was published: an entry for each operation, of one version, and how far each output is from torch."""
 
     name: str
     version: int
     repository: Path
     disagreements: list[Disagreement]
-
-
-def describe(run: TrainedRun, score_samples: int) -> ModelSpec:
-    """The model's part of the wire contract, read off the model itself."""
-    with torch.no_grad():
-        density = run.model.density(torch.zeros(2, *run.model.latent_shape))
-    parameters = {name: tuple(per_row(value, 2).shape[1:]) for name, value in density.parameters.items()}
-    return ModelSpec(
-        family=run.config.family,
-        density=density.kind,
-        image_shape=run.config.image_shape,
-        latent_shape=run.model.latent_shape,
-        density_parameters=parameters,
-        rank=density.rank,
-        score_samples=score_samples,
-        run_id=run.run_id,
-        run_digest=run.digest,
-    )
 
 
 def export_run(
@@ -74,12 +57,14 @@ def export_run(
     name: str | None = None,
     *,
     score_samples: int | None = None,
+    draw_samples: int = DRAW_SAMPLES,
     deployment: Deployment | None = None,
     on_operation: Callable[[Operation], None] = lambda operation: None,
 ) -> Exported:
     """Export a run as the next version of the model `name` (by default the run's folder's name).
 
-    The five graphs are written and checked in a hidden folder of the repository, then moved into place: a failure
+    The graphs of the operations that the model can do are written and checked in a hidden folder of the repository,
+    then moved into place: a failure
     leaves the repository as it was, and a version that is there is never changed.
 
     Raises:
@@ -90,17 +75,18 @@ def export_run(
     if not NAME_PATTERN.fullmatch(name):
         raise InvalidArgument(f"name: found {name!r}; expected letters, digits, '.', '_' and '-', as digits-sos-vae")
     deployment = deployment or Deployment()
-    spec = describe(run, score_samples or default_score_samples(run.config.image_shape))
+    spec = describe(run, score_samples or default_score_samples(run.config.image_shape), draw_samples)
+    operations = [OPERATIONS[operation] for operation in spec.operations]
     staging = _staging_folder(repository)
     try:
         disagreements = []
-        for operation in Operation:
+        for operation in operations:
             on_operation(operation)
             disagreements += _stage(run.model, name, spec, operation, deployment, staging)
         refuse_unacceptable(disagreements)
         version = _next_version(repository, name)
-        for operation in Operation:
-            _publish(staging / operation.value, repository / operation.model_name(name), version)
+        for operation in operations:
+            _publish(staging / operation.name, repository / served_name(name, operation.name), version)
     except OSError as error:
         raise ExportError(f"{repository}: cannot publish {name}: {error}") from error
     finally:
@@ -119,18 +105,17 @@ def _staging_folder(repository: Path) -> Path:
 def _stage(
     model: ImageModel, name: str, spec: ModelSpec, operation: Operation, deployment: Deployment, staging: Path
 ) -> list[Disagreement]:
-    folder = staging / operation.value
+    folder = staging / operation.name
     folder.mkdir()
-    graph = build_graph(operation, model, spec.score_samples)
-    convert(graph, spec, operation, folder / MODEL_FILE)
+    convert(build_graph(operation, model, spec), folder / MODEL_FILE)
     config = build_config(name, spec, operation, **vars(_deployment_of(operation, spec, deployment)))
     (folder / CONFIG_FILE).write_text(to_text(config))
     return verify(model, spec, operation, folder / MODEL_FILE, deployment.threads)
 
 
 def _deployment_of(operation: Operation, spec: ModelSpec, deployment: Deployment) -> Deployment:
-    """Scoring decodes M latents a row in float64: its batches are kept to what SCORE_BYTES hold."""
-    if operation is not Operation.SCORE:
+    """An exact operation decodes M latents a row in float64: its batches are kept to what SCORE_BYTES hold."""
+    if not operation.exact:
         return deployment
     height, width, _ = spec.image_shape
     row_bytes = spec.score_samples * height * width * SCORE_PIXEL_BYTES
@@ -144,8 +129,8 @@ def default_score_samples(image_shape: tuple[int, int, int]) -> int:
 
 
 def _next_version(repository: Path, name: str) -> int:
-    """One more than the highest version of any operation, so that the five always share a number."""
-    entries = (repository / operation.model_name(name) for operation in Operation)
+    """One more than the highest version of any operation, so that all always share a number."""
+    entries = (repository / served for served in served_names(name).values())
     versions = [
         int(path.name) for entry in entries if entry.is_dir() for path in entry.iterdir() if path.name.isdigit()
     ]

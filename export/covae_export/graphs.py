@@ -1,113 +1,85 @@
-"""The five operations as torch modules: what becomes one ONNX graph each.
-
-Inputs and outputs are those of `covae_core.contract`, with a batch axis in front.
-"""
+"""The operations as torch modules: what becomes one ONNX graph each."""
 
 from __future__ import annotations
 
-from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from covae_core.contract import Operation
-from covae_core.noise import Stream
+from covae_core.contract import ModelSpec
+from covae_core.operations import OPERATIONS, Operation, abilities
 from covae_export.float64 import in_float64, runnable_in_float64
 from covae_train.image_model import ImageModel
-from covae_train.noise import standard_normal
-from covae_train.scoring import log_weights
-
-
-def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (B, H, W, C) to floats (B, C, H, W) in [0, 1]."""
-    return images.permute(0, 3, 1, 2).to(dtype) / 255
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float (B, C, H, W) to uint8 (B, H, W, C), clipped and rounded."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def noise(seeds: Tensor, shape: tuple[int, ...], stream: Stream, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normals of seeds (B, 1). shape: (B, *shape)"""
-    return standard_normal(seeds.flatten(), prod(shape), stream, dtype).reshape(-1, *shape)
+from covae_train.run import TrainedRun
 
 
 class Graph(nn.Module):
-    """An operation of a model."""
+    """An operation of a model: its input tensors in their order, with a batch axis in front, to its output tensors."""
 
-    def __init__(self, model: ImageModel) -> None:
+    def __init__(self, model: ImageModel, spec: ModelSpec, operation: Operation) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.spec, self.operation = model, spec, operation
+        self.names = [tensor.name for tensor in operation.inputs(spec)]
+        self.output_names = [tensor.name for tensor in operation.outputs(spec)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
+        outputs = self.operation.run(self.model, self.spec, inputs)
+        return tuple(outputs[name] for name in self.output_names)
 
 
-class Decode(Graph):
-    """A latent's density: its mean and the parameters beside it."""
-
-    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        density = self.model.density(latent)
-        rows = latent.shape[0]
-        return density.mean, *(per_row(value, rows) for value in density.parameters.values())
+def build_reference(operation: Operation, model: ImageModel, spec: ModelSpec) -> Graph:
+    """An operation as torch computes it."""
+    return Graph(in_float64(model) if operation.exact else model, spec, operation).eval()
 
 
-def per_row(value: Tensor, rows: int) -> Tensor:
-    """A parameter with a batch axis; one that all images share, as a constant variance (1, 1, 1), is repeated."""
-    return value if value.ndim > 3 else value.expand(rows, *value.shape) + 0
+def build_graph(operation: Operation, model: ImageModel, spec: ModelSpec) -> Graph:
+    """An operation as it is exported: the reference, or what ONNX Runtime can run in its place.
+
+    Raises:
+        ExportError: the model has a layer of a kind that has no float64 form.
+    """
+    if not operation.exact:
+        return build_reference(operation, model, spec)
+    return Graph(runnable_in_float64(model), spec, operation).eval()
 
 
-class Encode(Graph):
-    """An image's posterior."""
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.posterior(to_unit(image)))
-
-
-class Sample(Graph):
-    """An image drawn from the model, and the latent that it was drawn at."""
-
-    def forward(self, latent_seed: Tensor, noise_seed: Tensor) -> tuple[Tensor, ...]:
-        latent = noise(latent_seed, self.model.latent_shape, Stream.LATENT)
-        image = self.model.density(latent).sample_rows(noise_seed.flatten())
-        return to_uint8(image), latent
-
-
-class Condition(Graph):
-    """A latent's density with some pixels fixed: its mean, and a sample of it."""
-
-    def forward(self, latent: Tensor, mask: Tensor, pixels: Tensor, noise_seed: Tensor) -> tuple[Tensor, ...]:
-        density = self.model.density(latent).condition(mask, to_unit(pixels))
-        return to_uint8(density.mean), to_uint8(density.sample_rows(noise_seed.flatten()))
-
-
-class Score(Graph):
-    """M importance weights of an image, by a model in float64."""
-
-    def __init__(self, model: ImageModel, samples: int) -> None:
-        super().__init__(model)
-        self.samples = samples
-
-    def forward(self, image: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-        normals = noise(seed, (self.samples, *self.model.latent_shape), Stream.POSTERIOR, torch.float64)
-        return (log_weights(self.model, to_unit(image, torch.float64), normals),)
+@torch.no_grad()
+def describe(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpec:
+    """The model's part of the wire contract, read off the model itself."""
+    model = run.model
+    two, three = (_density_parameters(model, rows) for rows in (2, 3))
+    # What differs between two rows and three has a batch axis; the rest is shared by all rows.
+    parameters = {name: shape if shape == three[name] else shape[1:] for name, shape in two.items()}
+    density = model.density(_zeros(model, 2), 2)
+    height, width, channels = run.config.image_shape
+    images = torch.zeros(2, channels, height, width, dtype=model.dtype)
+    posteriors = model.posteriors(images) if model.encodes else {}
+    can = abilities(model, density)
+    return ModelSpec(
+        family=run.config.family,
+        image_shape=run.config.image_shape,
+        latents=model.latents,
+        posteriors={
+            latent: {name: tuple(value.shape[1:]) for name, value in posterior.parameters.items()}
+            for latent, posterior in posteriors.items()
+        },
+        priors={name: model.prior(name).kind for name in model.latents},
+        density=density.kind,
+        density_parameters=parameters,
+        operations=tuple(operation.name for operation in OPERATIONS.values() if operation.needs <= can),
+        score_samples=score_samples if model.latents else 1,
+        draw_samples=draw_samples,
+        run_id=run.run_id,
+        run_digest=run.digest,
+    )
 
 
-GRAPHS = {
-    Operation.DECODE: Decode,
-    Operation.ENCODE: Encode,
-    Operation.SAMPLE: Sample,
-    Operation.CONDITION: Condition,
-}
+def _zeros(model: ImageModel, rows: int) -> dict[str, Tensor]:
+    return {name: torch.zeros(rows, *shape, dtype=model.dtype) for name, shape in model.latents.items()}
 
 
-def build_reference(operation: Operation, model: ImageModel, score_samples: int) -> Graph:
-    """An operation as torch computes it; scores in float64."""
-    if operation is Operation.SCORE:
-        return Score(in_float64(model), score_samples).eval()
-    return GRAPHS[operation](model).eval()
-
-
-def build_graph(operation: Operation, model: ImageModel, score_samples: int) -> Graph:
-    """An operation as it is exported: the reference, or what ONNX Runtime can run in its place."""
-    if operation is Operation.SCORE:
-        return Score(runnable_in_float64(in_float64(model)), score_samples).eval()
-    return build_reference(operation, model, score_samples)
+def _density_parameters(model: ImageModel, rows: int) -> dict[str, tuple[int, ...]]:
+    density = model.density(_zeros(model, rows), rows)
+    return {name: tuple(value.shape) for name, value in density.parameters.items()}

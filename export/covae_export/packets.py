@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 # Operators with two routines; arithmetic and Sqrt round correctly in either.
-SPLIT_OPERATORS = ("Cos", "Exp", "Log", "Sigmoid", "Sin", "Softplus", "Tanh")
+SPLIT_OPERATORS = ("Cos", "Elu", "Exp", "Log", "Sigmoid", "Sin", "Softplus", "Tanh")
 # float32 elements in the widest registers, AVX-512's.
 PACKET = 16
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from covae_core.contract import PLATFORM_BACKEND, ModelSpec, Operation, TensorSpec
+from covae_core.contract import PLATFORM_BACKEND, ModelSpec, TensorSpec, served_name
+from covae_core.operations import Operation
 
 INSTANCE_KINDS = {
     "auto": pb.ModelInstanceGroup.KIND_AUTO,
@@ -36,12 +37,12 @@ def build_config(
             a request whose client has given up leaves the queue.
     """
     config = pb.ModelConfig(
-        name=operation.model_name(name),
+        name=served_name(name, operation.name),
         backend=PLATFORM_BACKEND,
         default_model_filename="model.onnx",
         max_batch_size=max_batch_size,
-        input=[pb.ModelInput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in spec.inputs(operation)],
-        output=[pb.ModelOutput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in spec.outputs(operation)],
+        input=[pb.ModelInput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in operation.inputs(spec)],
+        output=[pb.ModelOutput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in operation.outputs(spec)],
         instance_group=[pb.ModelInstanceGroup(count=instances, kind=INSTANCE_KINDS[instance_kind])],
         version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
         model_warmup=[_warm_up(spec, operation)],
@@ -49,7 +50,7 @@ def build_config(
     config.dynamic_batching.SetInParent()
     if max_queue_size:
         config.dynamic_batching.default_queue_policy.max_queue_size = max_queue_size
-    values = spec.to_parameters() | {"operation": operation.value, "intra_op_thread_count": str(threads)}
+    values = spec.to_parameters() | {"operation": operation.name, "intra_op_thread_count": str(threads)}
     for key, value in values.items():
         config.parameters[key].string_value = value
     return config
@@ -62,7 +63,7 @@ def _dtype(tensor: TensorSpec) -> int:
 def _warm_up(spec: ModelSpec, operation: Operation) -> pb.ModelWarmup:
     """One row of zeros, so that the first request finds everything allocated."""
     warm_up = pb.ModelWarmup(name="zeros", batch_size=1)
-    for tensor in spec.inputs(operation):
+    for tensor in operation.inputs(spec):
         warm_up.inputs[tensor.name].CopyFrom(
             pb.ModelWarmup.Input(data_type=_dtype(tensor), dims=tensor.shape, zero_data=True)
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from covae_core.contract import PLATFORM_BACKEND, Operation
+from covae_core.contract import PLATFORM_BACKEND, served_name
+from covae_core.operations import OPERATIONS, split_served_name
 from covae_serving.errors import ServingError
 
 AGAIN = "export the model again with `covae export`"
@@ -20,14 +21,14 @@ class ServedModel:
     """One operation of one model: as the repository holds it, then as Triton serves it."""
 
     name: str
-    operation: Operation
+    operation: str
     folder: Path
     config: ModelConfig
 
     @property
     def model_name(self) -> str:
         """Triton's name of it: NAME_decode, …"""
-        return self.operation.model_name(self.name)
+        return served_name(self.name, self.operation)
 
 
 def read_repository(
@@ -46,7 +47,7 @@ def read_repository(
     """
     if not repository.is_dir():
         raise ServingError(f"{repository}: no such folder; `covae export` makes one, --repository names another")
-    wanted = [_operation(text) for text in operations] or list(Operation)
+    wanted = [_operation(text) for text in operations] or list(OPERATIONS)
     found = _folders(repository)
     if not found:
         raise ServingError(f"{repository}: no models in this folder; export one with `covae export`")
@@ -55,18 +56,17 @@ def read_repository(
         raise ServingError(f"{repository}: no model named {unknown[0]!r}; it has {_names(found)}")
     chosen = [(name, operation) for name, operation in found if operation in wanted and (not names or name in names)]
     if not chosen:
-        asked = [operation.value for operation in wanted]
-        raise ServingError(f"{repository}: no model of {list(names) or _names(found)} has any operation of {asked}")
+        raise ServingError(f"{repository}: no model of {list(names) or _names(found)} has any operation of {wanted}")
     return tuple(read_model(repository, name, operation) for name, operation in chosen)
 
 
-def read_model(repository: Path, name: str, operation: Operation) -> ServedModel:
+def read_model(repository: Path, name: str, operation: str) -> ServedModel:
     """One operation's entry in the repository, checked.
 
     Raises:
         ServingError: the message names the file that is missing or broken and the next step.
     """
-    folder = repository / operation.model_name(name)
+    folder = repository / served_name(name, operation)
     config = _config(folder / "config.pbtxt")
     if config.name != folder.name:
         raise ServingError(f"{folder}/config.pbtxt: name is {config.name!r}, the folder's is {folder.name!r}; {AGAIN}")
@@ -92,19 +92,17 @@ def _config(path: Path) -> ModelConfig:
         raise ServingError(f"{path}: cannot be read as a model configuration: {error}; {AGAIN}") from error
 
 
-def _folders(repository: Path) -> list[tuple[str, Operation]]:
+def _folders(repository: Path) -> list[tuple[str, str]]:
     """Every NAME and operation with a folder, sorted; folders of other Triton models are left alone."""
     folders = (path.name for path in sorted(repository.iterdir()) if path.is_dir())
-    return [parts for folder in folders if (parts := Operation.parse(folder))]
+    return [parts for folder in folders if (parts := split_served_name(folder))]
 
 
-def _operation(text: str) -> Operation:
-    try:
-        return Operation(text)
-    except ValueError:
-        known = ", ".join(operation.value for operation in Operation)
-        raise ServingError(f"operations: {text!r} is not one; choose from {known}") from None
+def _operation(text: str) -> str:
+    if text not in OPERATIONS:
+        raise ServingError(f"operations: {text!r} is not one; choose from {', '.join(OPERATIONS)}")
+    return text
 
 
-def _names(found: Iterable[tuple[str, Operation]]) -> str:
+def _names(found: Iterable[tuple[str, str]]) -> str:
     return ", ".join(dict.fromkeys(name for name, _ in found))

@@ -21,17 +21,21 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from covae_client import Client, Retry, Timeout
-from covae_core.contract import NUMPY_DTYPES, ModelSpec, Operation
+from covae_core.contract import NUMPY_DTYPES, ModelSpec, served_name
 from covae_core.noise import Stream, standard_normal, uniform
+from covae_core.operations import OPERATIONS
 
 SPEC = ModelSpec(
     family="sos-vae",
-    density="low-rank-normal",
     image_shape=(6, 5, 3),
-    latent_shape=(4,),
-    density_parameters={"factor": (2, 3, 6, 5), "variance": (3, 6, 5)},
-    rank=2,
+    latents={"latent": (4,)},
+    posteriors={"latent": {"mean": (4,), "scale": (4,)}},
+    priors={"latent": "standard-normal"},
+    density="low-rank-normal",
+    density_parameters={"mean": (3, 6, 5), "factor": (2, 3, 6, 5), "variance": (3, 6, 5)},
+    operations=tuple(OPERATIONS),
     score_samples=8,
+    draw_samples=3,
     run_id="run-1",
     run_digest="0123abcd",
 )
@@ -41,15 +45,16 @@ MAX_BATCH = 8
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Serves one model `toy`; `faults` are statuses that the next inferences fail with in order, None for an answer."""
 
-    def __init__(self, spec=SPEC, operations=tuple(Operation)):
+    def __init__(self, spec=SPEC, operations=tuple(OPERATIONS)):
         self.spec = spec
-        self.operations = {operation.model_name("toy"): operation for operation in operations}
+        self.operations = {served_name("toy", operation): operation for operation in operations}
         self.digests = {}
         self.faults = deque()
         self.always_fault = None
         self.delay_s = 0.0
         self.tamper = lambda outputs: outputs
         self.list_allowed = False
+        self.distance = np.float32(1)
         self.requests = []
         self.headers = {}
         self.calls = 0
@@ -103,7 +108,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         }
         with self._lock:
             self.requests.append((operation, inputs))
-        outputs = self.tamper(getattr(self, f"_{operation.value}")(inputs))
+        outputs = self.tamper(getattr(self, f"_{operation}")(inputs))
         response = pb.ModelInferResponse(model_name=request.model_name)
         names = {np.dtype(dtype): name for name, dtype in NUMPY_DTYPES.items()}
         for name, array in outputs.items():
@@ -116,13 +121,15 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return (values * 255).astype(np.uint8).reshape(-1, *self.spec.image_shape)
 
     def _sample(self, inputs):
-        count = prod(self.spec.latent_shape)
+        if not self.spec.latents:
+            return {"image": self._images(inputs["noise_seed"])}
+        count = prod(self.spec.latents["latent"])
         latent = standard_normal(inputs["latent_seed"][:, 0], count, Stream.LATENT)
-        return {"image": self._images(inputs["noise_seed"]), "latent": latent.reshape(-1, *self.spec.latent_shape)}
+        return {"image": self._images(inputs["noise_seed"]), "latent": latent.reshape(-1, *self.spec.latents["latent"])}
 
     def _decode(self, inputs):
         first = np.abs(inputs["latent"].reshape(len(inputs["latent"]), -1)[:, 0])
-        shapes = {tensor.name: tensor.shape for tensor in self.spec.outputs(Operation.DECODE)}
+        shapes = {tensor.name: tensor.shape for tensor in OPERATIONS["decode"].outputs(self.spec)}
         return {
             name: np.broadcast_to(first.reshape(-1, *(1,) * len(shape)) + 1, (len(first), *shape)).astype(np.float32)
             for name, shape in shapes.items()
@@ -130,17 +137,25 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def _encode(self, inputs):
         mean = inputs["image"].mean(axis=(1, 2, 3), dtype=np.float32)
-        latents = np.broadcast_to(mean[:, None], (len(mean), *self.spec.latent_shape)).astype(np.float32)
+        latents = np.broadcast_to(mean[:, None], (len(mean), *self.spec.latents["latent"])).astype(np.float32)
         return {"latent_mean": latents, "latent_scale": np.ones_like(latents)}
 
     def _condition(self, inputs):
         mask = inputs["mask"][..., None]
         mean = np.where(mask, inputs["pixels"], np.uint8(128))
-        return {"image": mean, "sample": np.where(mask, inputs["pixels"], self._images(inputs["noise_seed"]))}
+        sample = np.where(mask, inputs["pixels"], self._images(inputs["noise_seed"]))
+        return {"image": mean, "sample": sample, "distance": self.distance / (1 + inputs["softness"] * 100)}
+
+    def _draw(self, inputs):
+        seeds = inputs["noise_seed"] + np.arange(self.spec.draw_samples)
+        images = [self._images(seeds[:, [step]]) for step in range(self.spec.draw_samples)]
+        return {"images": np.stack(images, axis=1)}
 
     def _score(self, inputs):
-        noise = standard_normal(inputs["seed"][:, 0], self.spec.score_samples, Stream.POSTERIOR)
-        return {"log_weight": inputs["image"].mean(axis=(1, 2, 3))[:, None] + noise.astype(np.float64)}
+        seeds = inputs.get("seed", np.zeros((len(inputs["image"]), 1), np.int64))
+        noise = standard_normal(seeds[:, 0], self.spec.score_samples, Stream.POSTERIOR)
+        weights = inputs["image"].mean(axis=(1, 2, 3))[:, None] + noise.astype(np.float64)
+        return dict.fromkeys((tensor.name for tensor in OPERATIONS["score"].outputs(self.spec)), weights)
 
 
 class Running:

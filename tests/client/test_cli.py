@@ -77,7 +77,7 @@ def test_edit_takes_the_latent_of_an_image_from_the_encoder(covae, triton, tmp_p
     Image.new("RGBA", (5, 6), (1, 2, 3, 255)).save(tmp_path / "edit.png")
     Image.new("RGB", (50, 60), (30, 30, 30)).save(tmp_path / "photo.png")
     assert covae("edit", "toy", "edit.png", "--image", "photo.png").returncode == 0
-    latents = [inputs["latent"] for operation, inputs in triton.requests if operation.value == "condition"]
+    latents = [inputs["latent"] for operation, inputs in triton.requests if operation == "condition"]
     np.testing.assert_array_equal(latents, np.full((1, 2, 4), 30))
 
 

@@ -1,5 +1,6 @@
 """The client over the real wire, against a server that fails on demand."""
 
+import pickle  # noqa: TID251 - what users do with a model, not how anything is kept
 import shutil
 import subprocess
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from covae_client import Client, Retry, Timeout, Tls, errors, transport
-from covae_core.contract import Operation
+from covae_core.operations import OPERATIONS, served_names
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
@@ -159,8 +160,8 @@ def test_a_client_waits_for_a_server_that_starts_late(triton, serve, free_port):
 
 def test_a_model_knows_its_spec_and_operations(triton, model, address):
     assert model.spec == triton.spec
-    assert model.operations == tuple(Operation)
-    assert repr(model) == f"<Model 'toy' at {address}: decode, encode, sample, condition, score>"
+    assert model.operations == tuple(OPERATIONS)
+    assert repr(model) == f"<Model 'toy' (sos-vae, images of 6×5×3) at {address}: {', '.join(OPERATIONS)}>"
 
 
 def test_an_unknown_model_is_not_found_and_the_next_step_is_told(client):
@@ -169,28 +170,28 @@ def test_an_unknown_model_is_not_found_and_the_next_step_is_told(client):
 
 
 def test_an_operation_that_is_not_served_is_not_found(triton, client):
-    for operation in (Operation.SCORE, Operation.ENCODE):
-        del triton.operations[operation.model_name("toy")]
+    for operation in ("score", "encode"):
+        del triton.operations[served_names("toy")[operation]]
     model = client.model("toy")
-    assert model.operations == (Operation.DECODE, Operation.SAMPLE, Operation.CONDITION)
-    with pytest.raises(errors.NotFound, match="'score', only decode, sample, condition"):
+    assert model.operations == ("decode", "sample", "draw", "condition")
+    with pytest.raises(errors.NotFound, match="'score', only decode, sample, draw, condition"):
         model.score(np.zeros((6, 5, 3), np.uint8))
 
 
 def test_an_operation_that_was_loading_when_the_model_was_opened_is_found_later(triton, client):
-    loading = Operation.SCORE.model_name("toy")
+    loading = served_names("toy")["score"]
     del triton.operations[loading]
     model = client.model("toy")
-    triton.operations[loading] = Operation.SCORE
+    triton.operations[loading] = "score"
     assert model.score(np.zeros((6, 5, 3), np.uint8)).elbo.shape == (1,)
-    assert model.operations == tuple(Operation)
+    assert model.operations == tuple(OPERATIONS)
 
 
 def test_an_operation_of_another_run_is_not_taken_for_the_missing_one(triton, client):
-    loading = Operation.SCORE.model_name("toy")
+    loading = served_names("toy")["score"]
     del triton.operations[loading]
     model = client.model("toy")
-    triton.operations[loading] = Operation.SCORE
+    triton.operations[loading] = "score"
     triton.digests[loading] = "another"
     with pytest.raises(errors.ServerFault, match="another training run of it; open the model again"):
         model.score(np.zeros((6, 5, 3), np.uint8))
@@ -211,7 +212,7 @@ def test_another_contract_version_is_refused(triton, client):
 def test_models_lists_what_is_served_where_the_server_allows_it(triton, client):
     triton.list_allowed = True
     del triton.operations["toy_score"]
-    assert client.models() == {"toy": (Operation.DECODE, Operation.ENCODE, Operation.SAMPLE, Operation.CONDITION)}
+    assert client.models() == {"toy": ("decode", "encode", "sample", "draw", "condition")}
 
 
 def test_models_says_what_to_do_where_the_server_refuses(client):
@@ -237,8 +238,8 @@ def test_batches_are_split_by_bytes(triton, model, monkeypatch):
 
 
 def test_an_answer_beyond_grpcs_default_limit_arrives(triton, client):
-    shape = {"factor": (25, 3, 64, 64), "variance": (3, 64, 64)}
-    triton.spec = replace(triton.spec, image_shape=(64, 64, 3), rank=25, density_parameters=shape)
+    shape = {"mean": (3, 64, 64), "factor": (25, 3, 64, 64), "variance": (3, 64, 64)}
+    triton.spec = replace(triton.spec, image_shape=(64, 64, 3), density_parameters=shape)
     density = client.model("toy").decode(np.ones((8, 4)))
     assert density.mean.shape == (8, 3, 64, 64)
 
@@ -322,8 +323,9 @@ def test_a_proxy_for_the_outside_is_not_asked_for_this_machines_server(address, 
         assert client.model("toy").name == "toy"
 
 
-def test_headers_travel_with_every_request(triton, address):
-    with Client(address, headers={"authorization": "Bearer abc"}) as client:
+@pytest.mark.parametrize("name", ["authorization", "Authorization"])
+def test_headers_travel_with_every_request(name, triton, address):
+    with Client(address, headers={name: "Bearer abc"}) as client:
         client.model("toy").sample(1)
     assert triton.headers["authorization"] == "Bearer abc"
 
@@ -354,3 +356,42 @@ def test_tls_connects_to_whom_it_trusts_and_to_no_one_else(triton, serve, tmp_pa
             pytest.raises(errors.ConnectionFailed),
         ):
             client.model("toy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"timeout": "5"}, "timeout: found '5', expected seconds or a Timeout"),
+        ({"timeout": True}, "timeout: found True, expected seconds"),
+        ({"timeout": 0}, "request_s: found 0, expected seconds above 0"),
+        ({"retry": 1.5}, "retry: found 1.5, expected how many attempts"),
+        ({"retry": 0}, "attempts: found 0, expected 1 or more"),
+        ({"headers": {"a b": "c"}}, "headers: found the name 'a b', expected letters"),
+        ({"headers": {"a": "ü"}}, "headers: found 'ü' for a, expected printable ASCII"),
+    ],
+)
+def test_what_a_client_cannot_be_opened_with_is_refused_at_once(arguments, words):
+    with pytest.raises(errors.InvalidArgument, match=words):
+        Client("localhost:1", **arguments)
+
+
+def test_a_timeout_may_be_seconds_and_a_retry_a_number(triton, address):
+    triton.always_fault = UNAVAILABLE
+    with Client(address, timeout=5, retry=2) as client:
+        model = client.model("toy")
+        with pytest.raises(errors.ConnectionFailed):
+            model.sample(1)
+    assert triton.calls == 2
+
+
+def test_a_model_can_be_pickled_and_connects_anew(model):
+    images = model.sample(9, seed=1)
+    copy = pickle.loads(pickle.dumps(model))
+    assert repr(copy) == repr(model)
+    np.testing.assert_array_equal(copy.sample(9, seed=1), images)
+    copy._transport.close()
+
+
+def test_reprs_say_what_a_thing_is(client, model, address):
+    assert repr(client) == f"<Client of {address}>"
+    assert repr(model.decode(np.zeros((2, 4)))) == "<LowRankNormal over 2 images of 3×6×5 (C×H×W), float32>"

@@ -1,26 +1,31 @@
 """The wire contract: a spec survives the way through a config's parameters."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
-from covae_core.contract import NUMPY_DTYPES, ModelSpec, Operation
+from covae_core.contract import NUMPY_DTYPES, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
+from covae_core.operations import OPERATIONS, Operation, register, split_served_name
 
 SPEC = ModelSpec(
     family="spatial-mvn",
-    density="low-rank-normal",
     image_shape=(64, 48, 3),
-    latent_shape=(16, 7, 7),
-    density_parameters={"factor": (25, 3, 64, 48), "variance": (3, 64, 48)},
-    rank=25,
+    latents={"latent": (16, 7, 7), "pose": (6,)},
+    posteriors={"latent": {"mean": (16, 7, 7), "scale": (16, 7, 7)}, "pose": {"mean": (6,), "scale": (6,)}},
+    priors={"latent": "standard-normal", "pose": "learned"},
+    density="low-rank-normal",
+    density_parameters={"mean": (3, 64, 48), "factor": (25, 3, 64, 48), "variance": (3, 64, 48)},
+    operations=tuple(OPERATIONS),
     score_samples=16,
+    draw_samples=8,
     run_id="a run, “quoted”",
     run_digest="ff00",
 )
+ALONE = replace(SPEC, latents={}, posteriors={}, priors={}, operations=("sample", "draw", "condition", "score"))
 
 
-@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, density="diagonal-normal", density_parameters={}, rank=0)])
+@pytest.mark.parametrize("spec", [SPEC, ALONE])
 def test_a_spec_survives_the_parameters(spec):
     parameters = spec.to_parameters()
     assert all(isinstance(value, str) for value in parameters.values())
@@ -28,7 +33,7 @@ def test_a_spec_survives_the_parameters(spec):
     assert ModelSpec.from_parameters({**parameters, "execution_mode": "0"}) == spec
 
 
-@pytest.mark.parametrize("name", list(SPEC.to_parameters()))
+@pytest.mark.parametrize("name", [field.name for field in fields(SPEC)])
 def test_a_missing_parameter_is_named(name):
     parameters = SPEC.to_parameters()
     del parameters[name]
@@ -36,28 +41,49 @@ def test_a_missing_parameter_is_named(name):
         ModelSpec.from_parameters(parameters)
 
 
-@pytest.mark.parametrize("malformed", [{"rank": "twenty-five"}, {"image_shape": "5"}, {"density_parameters": "[]"}])
+@pytest.mark.parametrize("malformed", [{"operations": "5"}, {"image_shape": "five"}, {"density_parameters": "[]"}])
 def test_text_that_is_no_json_or_of_another_kind_is_refused(malformed):
     with pytest.raises(InvalidArgument, match=r"malformed: .*; export it again"):
         ModelSpec.from_parameters({**SPEC.to_parameters(), **malformed})
 
 
-def test_another_contract_version_is_refused_with_both_versions():
-    with pytest.raises(InvalidArgument, match="model has 99, this version of Covae speaks 1"):
-        ModelSpec.from_parameters({**SPEC.to_parameters(), "contract_version": "99"})
+@pytest.mark.parametrize(("name", "ours"), [("contract_version", 2), ("noise_version", 2)])
+def test_another_version_is_refused_with_both(name, ours):
+    with pytest.raises(InvalidArgument, match=rf"{name}: the model has 1, this version of Covae speaks {ours}; export"):
+        ModelSpec.from_parameters({**SPEC.to_parameters(), name: "1"})
 
 
-@pytest.mark.parametrize("operation", list(Operation))
-def test_every_tensor_has_a_known_dtype_and_size(operation):
-    for tensor in (*SPEC.inputs(operation), *SPEC.outputs(operation)):
+def test_a_repository_of_contract_1_is_refused_with_what_to_do():
+    first = {"family": '"sos-vae"', "latent_shape": "[4]", "rank": "2", "contract_version": "1"}
+    with pytest.raises(InvalidArgument, match=r"contract_version: the model has 1, .* export the model again"):
+        ModelSpec.from_parameters(first)
+
+
+@pytest.mark.parametrize("spec", [SPEC, ALONE], ids=["latents", "none"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_tensor_has_a_known_dtype_and_size(name, spec):
+    if name not in spec.operations:
+        pytest.skip("the model cannot do it")
+    for tensor in (*OPERATIONS[name].inputs(spec), *OPERATIONS[name].outputs(spec)):
         assert tensor.dtype in NUMPY_DTYPES
         assert tensor.row_bytes > 0
+    assert OPERATIONS[name].inputs(spec), "Triton takes no model without an input"
 
 
 def test_row_bytes_count_the_factor():
-    sizes = {tensor.name: tensor.row_bytes for tensor in SPEC.outputs(Operation.DECODE)}
+    sizes = {tensor.name: tensor.row_bytes for tensor in OPERATIONS["decode"].outputs(SPEC)}
     assert sizes["factor"] == 25 * 3 * 64 * 48 * 4
 
 
 def test_operations_name_their_triton_models():
-    assert Operation.SCORE.model_name("digits") == "digits_score"
+    assert served_name("digits", "score") == "digits_score"
+    assert split_served_name("my_digits_score") == ("my_digits", "score")
+    assert split_served_name("digits_paint") is None
+    assert split_served_name("_score") is None
+
+
+@pytest.mark.parametrize("name", ["score", "with space", "under_score"])
+def test_an_operation_needs_a_name_of_its_own(name):
+    entry = OPERATIONS["score"]
+    with pytest.raises(InvalidArgument, match=f"operation: found '{name}'; expected a new word"):
+        register(Operation(name, "", entry.needs, entry.inputs, entry.outputs, entry.run))

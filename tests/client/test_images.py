@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import struct
 import zlib
 
@@ -53,7 +54,7 @@ def test_the_three_formats_open_from_a_file_and_from_bytes(kind, suffix, picture
         ("empty.png", b"", "empty"),
         ("animation.gif", encoded(Image.new("L", (4, 4)), "GIF"), "no PNG, JPEG or WebP"),
         ("gif.png", encoded(Image.new("L", (4, 4)), "GIF"), "no PNG, JPEG or WebP"),
-        ("renamed.png", encoded(Image.new("L", (4, 4)), "JPEG"), "the content is JPEG, the extension says PNG"),
+        ("folded.png", png_header(10, 10)[:40], "truncated or corrupt|damaged"),
         ("bomb.png", png_header(60_000, 60_000), "pixels"),
         ("bomb-between.png", png_header(10_000, 10_000), "pixels"),
         ("bomb-small.png", png_header(9_000, 9_000), "9000 × 9000 pixels"),
@@ -69,6 +70,85 @@ def test_a_bad_file_is_refused_by_its_name(name, content, words, tmp_path):
     with pytest.raises(ImageFileError, match=words) as refusal:
         images.open_image(content, name)
     assert str(refusal.value).startswith(f"{name}: ")
+
+
+def test_the_content_counts_and_not_the_name(tmp_path):
+    (tmp_path / "renamed.png").write_bytes(encoded(Image.new("L", (4, 4), 77), "JPEG"))
+    assert images.fit_image(images.open_image(tmp_path / "renamed.png"), (4, 4, 1))[0, 0, 0] == 77
+
+
+def jpeg_with_exif(picture, tag, kind, value):
+    """A JPEG whose EXIF has one tag of that kind, by its bytes."""
+    entry = struct.pack(">HHI4s", tag, kind, 1, value)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + struct.pack(">I", 0)
+    return encoded(picture, "JPEG", exif=exif)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 200])
+@pytest.mark.parametrize("value", [b"\xff\xff\xff\xff", b"six\0", b"\0\0\0\0"])
+def test_an_exif_tag_of_the_wrong_kind_does_not_cost_the_image(kind, value, picture):
+    content = jpeg_with_exif(picture, 0x0112, kind, value)
+    assert images.open_image(content).size == (40, 30)
+
+
+def test_the_first_picture_of_a_phones_several_is_read(picture, tmp_path):
+    other = Image.new("RGB", (40, 30))
+    stream = io.BytesIO()
+    picture.save(stream, "MPO", save_all=True, append_images=[other])
+    (tmp_path / "phone.jpg").write_bytes(stream.getvalue())
+    opened = images.open_image(tmp_path / "phone.jpg")
+    assert np.abs(np.asarray(opened).astype(int) - np.asarray(picture)).mean() < 8
+
+
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"iCCP", b"big\0\0" + zlib.compress(bytes(1_200_000))),
+        png_chunk(b"zTXt", b"big\0\0" + zlib.compress(bytes(1_200_000))),
+        png_chunk(b"tEXt", b"big\0" + b"x" * 1_200_000),
+        png_chunk(b"eXIf", bytes(100_000)),
+    ],
+    ids=["iCCP", "zTXt", "tEXt", "eXIf"],
+)
+def test_metadata_of_any_size_does_not_cost_the_image(chunk, picture):
+    content = encoded(picture, "PNG")
+    opened = images.open_image(content[:33] + chunk + content[33:])
+    np.testing.assert_array_equal(np.asarray(opened), np.asarray(picture))
+
+
+def grey_png(samples, depth, transparent):
+    """A grey PNG of 1 to 16 bits with a sample that is transparent."""
+    height, width = samples.shape
+    if depth == 16:
+        rows = samples.astype(">u2").tobytes()
+        lines = [rows[2 * width * row : 2 * width * (row + 1)] for row in range(height)]
+    else:
+        bits = ((samples[..., None] >> np.arange(depth - 1, -1, -1)) & 1).reshape(height, -1).astype(np.uint8)
+        lines = [row.tobytes() for row in np.packbits(bits, axis=1)]
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+    data = zlib.compress(b"".join(b"\0" + line for line in lines))
+    chunks = header + png_chunk(b"tRNS", struct.pack(">H", transparent))
+    return b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_grey_pngs_of_every_depth_have_their_values_and_their_transparency(depth):
+    top = 2**depth - 1
+    samples = np.array([[0, 1, top // 2, top]] * 2)
+    opened = images.open_image(grey_png(samples, depth, 1))
+    expected = np.where(samples == 1, 255, samples // 256 if depth == 16 else samples * 255 // top)
+    np.testing.assert_array_equal(images.fit_image(opened, (2, 4, 1))[..., 0], expected)
+
+
+def test_a_white_of_two_or_four_bits_is_white_and_a_middle_of_sixteen_is_in_the_middle():
+    for depth, sample, wanted in ((2, 3, 255), (4, 15, 255), (16, 32768, 128)):
+        opened = images.open_image(grey_png(np.full((4, 4), sample), depth, 0))
+        assert (images.fit_image(opened, (4, 4, 1)) == wanted).all()
 
 
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
@@ -196,6 +276,27 @@ def test_find_images_searches_folders_sorted_and_once(tmp_path):
     found = images.find_images([tmp_path / "missing.txt", tmp_path, tmp_path / "b.png"])
     names = [path.relative_to(tmp_path).as_posix() for path in found]
     assert names == ["missing.txt", "a.JPG", "b.png", "deep/d.jpeg", "deep/er/c.webp"]
+
+
+def test_linked_files_and_folders_are_found_and_a_circle_ends(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").touch()
+    folder = tmp_path / "folder"
+    (folder / "__b").mkdir(parents=True)
+    (folder / "__b" / "b.png").touch()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "c.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    (folder / "__b" / "up").symlink_to(folder)
+    names = [path.relative_to(folder).as_posix() for path in images.find_images([folder])]
+    assert names == ["__b/b.png", "c.png", "linked/a.png"]
+    (folder / "notes.txt").touch()
+    assert [path.name for path in images.list_images(folder).others] == ["notes.txt"]
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageFileError, match="no regular file"):
+        images.open_image(tmp_path / "pipe.png")
 
 
 def test_a_folder_without_images_is_refused(tmp_path):

@@ -1,12 +1,15 @@
 """A model's methods: pure functions of their seeds, whatever the batch; arguments are checked before a request."""
 
+import asyncio
 from dataclasses import replace
 
+import grpc
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.stats import chi2
 
-from covae_client import errors
-from covae_core.contract import Operation
+from covae_client import AsyncClient, BeyondReach, Retry, Timeout, errors, to_pil
 from covae_core.noise import MAX_SEED, row_seeds
 
 IMAGE = np.zeros((6, 5, 3), np.uint8)
@@ -76,7 +79,7 @@ def test_condition_broadcasts_what_has_no_batch_axis(model, images):
     mask[2, 3] = True
     whole = model.condition(np.zeros((11, 4)), mask, images, seed=1)
     assert whole.image.shape == whole.sample.shape == (11, 6, 5, 3)
-    for fixed in whole:
+    for fixed in (whole.image, whole.sample):
         np.testing.assert_array_equal(fixed[:, 2, 3], images[:, 2, 3])
     for index in (0, 7):
         one = model.condition(LATENT, mask, images[index], seed=1, start=index)
@@ -111,9 +114,7 @@ def test_more_samples_begin_with_the_same_weights(model, images):
 def test_every_call_of_every_image_has_a_seed_of_its_own(model, triton, images):
     model.score(images, num_samples=25, seed=3)
     model.score(images, num_samples=25, seed=4)
-    seeds = np.concatenate(
-        [inputs["seed"][:, 0] for operation, inputs in triton.requests if operation is Operation.SCORE]
-    )
+    seeds = np.concatenate([inputs["seed"][:, 0] for operation, inputs in triton.requests if operation == "score"])
     assert len(np.unique(seeds)) == len(seeds) == 2 * 11 * 4
     assert seeds.max() < row_seeds(5, np.array([0]))[0]
 
@@ -126,7 +127,7 @@ def test_scoring_reports_progress_in_images(model, images):
 
 
 def test_nan_weights_are_the_servers_fault(triton, model):
-    triton.tamper = lambda outputs: {"log_weight": outputs["log_weight"] * np.nan}
+    triton.tamper = lambda outputs: {**outputs, "log_weight": outputs["log_weight"] * np.nan}
     with pytest.raises(errors.ServerFault, match="NaN"):
         model.score(IMAGE)
 
@@ -148,6 +149,11 @@ WRONG_CALLS = {
     r"images: found shape \(3, 6, 5\)": lambda model: model.encode(np.zeros((3, 6, 5), np.uint8)),
     "mask: found dtype uint8, expected bool": lambda model: model.condition(LATENT, MASK.astype(np.uint8), IMAGE),
     r"mask: found shape \(5, 6\)": lambda model: model.condition(LATENT, MASK.T, IMAGE),
+    "softness: found -1, expected a standard deviation": lambda model: model.condition(
+        LATENT, MASK, IMAGE, softness=-1
+    ),
+    "latent: found pose, expected one array for each of latent": lambda model: model.decode({"pose": LATENT}),
+    "mask: found None, expected": lambda model: model.condition(LATENT, None, IMAGE),
     "latent 3, mask 2, pixels 1": lambda model: model.condition(np.zeros((3, 4)), np.stack([MASK] * 2), IMAGE),
     "num_samples: found 0": lambda model: model.score(IMAGE, num_samples=0),
     "num_samples: found 32769": lambda model: model.score(IMAGE, num_samples=8 * 4096 + 1),
@@ -167,3 +173,106 @@ def test_an_unknown_density_is_told(triton, client):
     triton.spec = replace(triton.spec, density="gamma")
     with pytest.raises(errors.InvalidArgument, match="density is 'gamma', this client knows"):
         client.model("toy").decode(LATENT)
+
+
+def test_draws_of_a_latent_are_numbered_through(model):
+    latents = np.zeros((3, 4))
+    whole = model.draw(latents, 7, seed=2)
+    assert whole.shape == (3, 7, 6, 5, 3)
+    np.testing.assert_array_equal(model.draw(LATENT, 7, seed=2), whole[0])
+    np.testing.assert_array_equal(model.draw(LATENT, 7, seed=2, start=2), whole[2])
+    np.testing.assert_array_equal(model.draw(LATENT, 4, seed=2), whole[0, :4])
+    assert len(np.unique(whole.reshape(21, -1), axis=0)) == 21
+
+
+def test_an_edit_beyond_reach_is_warned_of_and_a_softness_brings_it_near(model, triton):
+    mask = MASK.copy()
+    mask[2, 3] = True
+    triton.distance = np.float32(1000)
+    with pytest.warns(BeyondReach, match=r"Mahalanobis square 1,000, chance .*softness=model\.softness_for"):
+        found = model.condition(LATENT, mask, IMAGE)
+    assert found.distance == 1000
+    assert found.tail == pytest.approx(chi2.sf(1000, 3))
+    softness = model.softness_for(LATENT, mask, IMAGE)
+    # The toy's distance falls as 1 / (1 + 100 softness); χ² of three degrees has its one-millionth at 30.66.
+    assert softness == pytest.approx((1000 / chi2.isf(1e-6, 3) - 1) / 100, abs=2e-3)
+    assert model.condition(LATENT, mask, IMAGE, softness=softness).within_reach
+    triton.distance = np.float32(1)
+    assert model.softness_for(LATENT, mask, IMAGE) == 0
+
+
+def test_pictures_and_files_are_taken_as_images(model, tmp_path, images):
+    files = [tmp_path / f"{index}.png" for index in range(2)]
+    for file, image in zip(files, images, strict=False):
+        Image.fromarray(image).save(file)
+    expected = model.encode(images[:2]).mean
+    np.testing.assert_array_equal(model.encode(files).mean, expected)
+    np.testing.assert_array_equal(model.encode([str(file) for file in files]).mean, expected)
+    np.testing.assert_array_equal(model.encode(Image.fromarray(images[0])).mean, expected[0])
+    assert model.score(files[0]).elbo.shape == (1,)
+    pictures = to_pil(model.sample(2))
+    assert [picture.size for picture in pictures] == [(5, 6), (5, 6)]
+
+
+def test_a_picture_with_transparency_is_an_edit(model):
+    picture = Image.new("RGBA", (5, 6), (0, 0, 0, 0))
+    picture.putpixel((3, 2), (10, 20, 30, 255))
+    np.testing.assert_array_equal(model.condition(LATENT, None, picture).image[2, 3], [10, 20, 30])
+
+
+def test_any_operation_runs_by_its_tensors(model, images):
+    found = model.run("encode", image=images)
+    np.testing.assert_array_equal(found["latent_mean"], model.encode(images).mean)
+    with pytest.raises(errors.InvalidArgument, match=r"encode: found the inputs \['picture'\], expected \['image'\]"):
+        model.run("encode", picture=images)
+    with pytest.raises(errors.NotFound, match="does not serve its operation 'paint'"):
+        model.run("paint")
+
+
+def test_a_model_without_latents_is_one_density(triton, client):
+    triton.spec = replace(triton.spec, latents={}, posteriors={}, priors={}, score_samples=1)
+    model = client.model("toy")
+    with pytest.raises(errors.InvalidArgument, match="has no latents: it is one density"):
+        model.decode(None)
+    with pytest.raises(errors.InvalidArgument, match="latent: found ndarray, expected None"):
+        model.draw(LATENT, 3)
+    assert model.draw(None, 5).shape == (5, 6, 5, 3)
+    assert model.condition(None, MASK, IMAGE).image.shape == (6, 5, 3)
+    assert model.score(np.stack([IMAGE] * 3), num_samples=100).standard_error.tolist() == [0, 0, 0]
+
+
+def test_asyncio_gives_what_threads_give(model, address, images):
+    async def ask():
+        async with AsyncClient(address, timeout=10) as client:
+            toy = await client.model("toy")
+            sampled, scored, drawn = await asyncio.gather(
+                toy.sample(20, seed=3), toy.score(images), toy.draw(LATENT, 5)
+            )
+            with pytest.raises(errors.InvalidArgument, match="n: found 0"):
+                await toy.sample(0)
+            return repr(toy), sampled, scored, drawn, (await toy.encode(images)).mean
+
+    text, sampled, scored, drawn, encoded = asyncio.run(ask())
+    assert text == repr(model).replace("<Model", "<AsyncModel")
+    np.testing.assert_array_equal(sampled, model.sample(20, seed=3))
+    np.testing.assert_array_equal(scored.elbo, model.score(images).elbo)
+    np.testing.assert_array_equal(drawn, model.draw(LATENT, 5))
+    np.testing.assert_array_equal(encoded, model.encode(images).mean)
+
+
+def test_asyncio_retries_and_ends_as_threads_do(triton, address, free_port):
+    async def ask():
+        async with AsyncClient(address, retry=Retry(attempts=3, first_wait_s=0.01)) as client:
+            toy = await client.model("toy")
+            triton.faults.extend([grpc.StatusCode.UNAVAILABLE] * 2)
+            await toy.sample(1)
+            triton.always_fault = grpc.StatusCode.INVALID_ARGUMENT
+            with pytest.raises(errors.InvalidRequest, match="INVALID_ARGUMENT: injected"):
+                await toy.sample(100)
+        with pytest.raises(errors.InvalidArgument, match="closed"):
+            await toy.sample(1)
+        async with AsyncClient(f"localhost:{free_port}", timeout=Timeout(connect_s=0.3)) as client:
+            with pytest.raises(errors.ConnectionFailed, match=r"no server answered within 0\.3 s"):
+                await client.model("toy")
+
+    asyncio.run(ask())

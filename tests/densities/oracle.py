@@ -1,4 +1,4 @@
-"""Dense and Woodbury answers in float64, to hold both homes of the densities against."""
+"""Dense and Woodbury answers in float64, to hold the densities against, with NumPy arrays and with tensors."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import numpy as np
 import torch
 
 import covae_core.densities
-import covae_train.densities
+import covae_train.torch_backend  # noqa: F401 - lets the densities take tensors
 
 LOG_2PI = np.log(2 * np.pi)
 
 
 @dataclass(frozen=True)
 class Home:
-    """One of the two implementations, called with NumPy arrays and answering in NumPy arrays."""
+    """The densities on one kind of array, called with NumPy arrays and answering in NumPy arrays."""
 
     name: str
 
-    @property
-    def module(self) -> Any:
-        return covae_train.densities if self.name == "torch" else covae_core.densities
+    module: Any = covae_core.densities
 
     def give(self, value: Any) -> Any:
         return torch.from_numpy(np.array(value)) if self.name == "torch" and not np.isscalar(value) else value

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import covae_train.densities
+import covae_core.densities
 from covae_core.errors import InvalidArgument
 
 from .oracle import Home, problem
@@ -27,12 +27,21 @@ def spoiled(array, value):
 
 
 CONSTRUCTIONS = {
-    "mean without channels": ((MEAN[0, 0], FACTOR, 0.1), r"mean: found shape \(4, 4\), expected \(…, C, H, W\)"),
+    "mean without channels": (
+        (MEAN[0, 0], FACTOR, 0.1),
+        r"mean: found shape \(4, 4\), expected \(C, H, W\) or \(B, C, H, W\)",
+    ),
     "empty batch": ((MEAN[:0], FACTOR[:0], 0.1), r"mean: found shape \(0, 3, 4, 4\), expected .* no empty axis"),
-    "factor of another image": ((MEAN, FACTOR[..., :2], 0.1), r"factor: found shape .*2\), expected \(…, R, 3, 4, 4\)"),
+    "factor of another image": (
+        (MEAN, FACTOR[..., :2], 0.1),
+        r"factor: found shape .*2\), expected \(R, 3, 4, 4\) or \(B, R, 3, 4, 4\)",
+    ),
     "factor without rank": ((MEAN, MEAN[0], 0.1), r"factor: found shape \(3, 4, 4\), expected"),
     "factor of rank 0": ((MEAN, FACTOR[:, :0], 0.1), r"factor: found shape .*0, 3, 4, 4\), expected .* no empty axis"),
-    "batches that differ": ((MEAN, np.repeat(FACTOR, 2, axis=0), 0.1), r"factor: found batch axes \(4,\), expected"),
+    "batches that differ": (
+        (MEAN, np.repeat(FACTOR, 2, axis=0), 0.1),
+        r"factor: found a batch of 4, expected one that fits",
+    ),
     "variance of another image": ((MEAN, FACTOR, np.ones((3, 4, 5))), r"variance: found shape \(3, 4, 5\), expected"),
     "variance without channels": ((MEAN, FACTOR, np.ones((4, 4))), r"variance: found shape \(4, 4\), expected"),
     "variance of zero": ((MEAN, FACTOR, 0.0), r"variance: found 0 as its smallest value, expected positive"),
@@ -55,20 +64,38 @@ def test_a_bad_parameter_is_refused(home, arguments, message):
 
 CALLS = {
     "x of another image": ("log_prob", (MEAN[..., :3],), r"x: found shape .*, expected \(…, 3, 4, 4\)"),
-    "x of another batch": ("log_prob", (np.repeat(MEAN, 2, axis=0)[:3],), r"x: found shape .* do not broadcast"),
+    "x of another batch": (
+        "log_prob",
+        (np.repeat(MEAN, 2, axis=0)[:3],),
+        r"x: found shape .* do not fit the density's \(2,\)",
+    ),
     "x empty": ("log_prob", (MEAN[None][:0],), r"x: found shape .*, an empty batch"),
     "x NaN": ("log_prob", (spoiled(MEAN, np.nan),), r"x: found 1 NaN or infinite values among 96"),
     "pixel outside": ("covariance_with", ((0, 4, 0),), r"pixel: found \(0, 4, 0\), expected \(c, h, w\) within"),
     "pixel of two numbers": ("covariance_with", ((0, 1),), r"pixel: found \(0, 1\), expected"),
     "mask not bool": ("condition", (np.ones((4, 4), np.uint8), MEAN), r"mask: found dtype .*uint8, expected .*bool"),
     "mask of another image": ("condition", (np.ones((4, 5), bool), MEAN), r"mask: found shape \(4, 5\), expected"),
-    "mask of another batch": ("condition", (np.ones((3, 4, 4), bool), MEAN), r"mask: found batch axes \(3,\)"),
+    "mask of another batch": (
+        "condition",
+        (np.ones((3, 4, 4), bool), MEAN),
+        r"mask: found a batch of 3, expected one that fits",
+    ),
     "mask empty": ("condition", (np.ones((0, 4, 4), bool), MEAN), r"mask: found shape .*, an empty batch"),
     "pixels of another image": ("condition", (np.ones((4, 4), bool), MEAN[..., :3]), r"pixels: found shape"),
     "pixels NaN on the mask": (
         "condition",
         (np.ones((4, 4), bool), spoiled(MEAN, np.nan)),
         r"pixels: found 1 NaN or infinite values among 96",
+    ),
+    "mask of five axes": (
+        "condition",
+        (np.ones((1, 2, 3, 4, 4), bool), MEAN),
+        r"mask: found shape .*, expected \(4, 4\)",
+    ),
+    "negative softness": (
+        "condition",
+        (np.ones((4, 4), bool), MEAN, -1.0),
+        r"softness: found -1.0, expected one finite",
     ),
     "noise of another rank": (
         "from_noise",
@@ -110,13 +137,13 @@ def test_a_capacitance_without_a_cholesky_factor_is_refused_by_name(home):
 
 def test_torch_looks_at_values_only_if_asked():
     mean, factor = torch.from_numpy(spoiled(MEAN, np.nan)), torch.from_numpy(FACTOR)
-    covae_train.densities.LowRankNormal(mean, factor, 0.1, validate_args=False)
+    covae_core.densities.LowRankNormal(mean, factor, 0.1, check=False)
     with pytest.raises(InvalidArgument, match="mean: found shape"):
-        covae_train.densities.LowRankNormal(mean[0, 0], factor, 0.1, validate_args=False)
+        covae_core.densities.LowRankNormal(mean[0, 0], factor, 0.1, check=False)
 
 
 def test_a_factor_that_is_nan_unseen_still_ends_in_a_named_error():
     factor = torch.from_numpy(spoiled(FACTOR, np.nan))
-    density = covae_train.densities.LowRankNormal(torch.from_numpy(MEAN), factor, 0.1, validate_args=False)
+    density = covae_core.densities.LowRankNormal(torch.from_numpy(MEAN), factor, 0.1, check=False)
     with pytest.raises(InvalidArgument, match="has no Cholesky factor"):
         density.log_prob(torch.from_numpy(MEAN))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from covae_apps.bench_densities import Gate, bench_densities, dense_edit, draw_problem
+from covae_core.densities import LowRankNormal
 from covae_core.errors import InvalidArgument
-from covae_train.densities import LowRankNormal
 
 
 def test_a_small_run_writes_its_report(tmp_path, capsys):

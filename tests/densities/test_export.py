@@ -7,8 +7,10 @@ import onnxruntime
 import pytest
 import torch
 
-import covae_train.densities
+import covae_core.densities
+from covae_core.backends import using_backend
 from covae_core.noise import row_seeds
+from covae_export.traced_backend import TracedBackend, eliminate
 
 from .oracle import Woodbury, problem
 
@@ -35,9 +37,10 @@ class Operations(torch.nn.Module):
         parameters = (
             {"factor": factor, "variance": variance} if self.kind == "low-rank-normal" else {"variance": variance}
         )
-        density = covae_train.densities.DENSITIES[self.kind](mean, **parameters)
+        density = covae_core.densities.DENSITIES[self.kind](mean=mean, **parameters)
         edit = density.condition(mask, x)
-        return density.log_prob(x), edit.mean, edit.sample_rows(seeds), density.sample_rows(seeds), density.entropy()
+        many = density.sample_many(seeds, 2)
+        return density.log_prob(x), edit.mean, edit.sample_rows(seeds), many[0], many[1], density.entropy()
 
 
 def inputs(batch, rank=RANK):
@@ -50,13 +53,14 @@ def inputs(batch, rank=RANK):
 def export(module, path, arrays):
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     axis = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        module.eval(),
-        kwargs=tensors,
-        dynamo=True,
-        dynamic_shapes={name: {0: axis} for name in tensors},
-        verbose=False,
-    )
+    with using_backend("torch", TracedBackend()):
+        program = torch.onnx.export(
+            module.eval(),
+            kwargs=tensors,
+            dynamo=True,
+            dynamic_shapes={name: {0: axis} for name in tensors},
+            verbose=False,
+        )
     program.save(str(path))
     return program
 
@@ -109,7 +113,7 @@ class Score(torch.nn.Module):
     """The log-density alone."""
 
     def forward(self, mean, factor, x):
-        return covae_train.densities.LowRankNormal(mean, factor, VARIANCE).log_prob(x)
+        return covae_core.densities.LowRankNormal(mean, factor, VARIANCE).log_prob(x)
 
 
 def test_a_score_of_rank_25_has_a_few_hundred_nodes_and_no_random_or_bit_operator(tmp_path):
@@ -126,7 +130,7 @@ def test_elimination_equals_inverse_and_log_determinant():
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(3, 25, 40, dtype=torch.float64, generator=generator)
     matrices = 1e4 * root @ root.mT + torch.eye(25, dtype=torch.float64)
-    inverse, logdet = covae_train.densities.elimination.eliminate(matrices)
+    inverse, logdet = eliminate(matrices)
     torch.testing.assert_close(
         inverse @ matrices, torch.eye(25, dtype=torch.float64).expand(3, 25, 25), atol=1e-9, rtol=0
     )

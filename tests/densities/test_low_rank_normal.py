@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import covae_core.densities
-import covae_train.densities
 from covae_core.noise import Stream, row_seeds, standard_normal
 
 from .oracle import Dense, Home, Woodbury, problem
@@ -32,7 +31,7 @@ def tolerance(dtype):
 
 
 @pytest.mark.parametrize("full_variance", [False, True], ids=["constant", "full"])
-@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("batch", [(), (3,)])
 def test_log_prob_and_entropy_equal_the_dense_normal(home, batch, dtype, full_variance):
     mean, factor, variance = problem(batch, dtype=dtype, full_variance=full_variance)
     x = np.random.default_rng(1).random((5, *mean.shape)).astype(dtype)
@@ -85,9 +84,9 @@ def test_a_repeated_variance_takes_the_fast_path(home):
 
 
 def test_a_shared_factor_equals_a_repeated_one(home):
-    mean, factor, variance = problem((2, 3))
-    shared = factor[0, 0]
-    x, mask = np.random.default_rng(1).random(mean.shape), np.random.default_rng(2).random((2, 3, 4, 4)) < 0.4
+    mean, factor, variance = problem((3,))
+    shared = factor[0]
+    x, mask = np.random.default_rng(1).random(mean.shape), np.random.default_rng(2).random((3, 4, 4)) < 0.4
     one = home.low_rank_normal(mean, shared, variance)
     many = home.low_rank_normal(mean, np.broadcast_to(shared, factor.shape).copy(), variance)
     conditional, conditionals = home.condition(one, mask, x), home.condition(many, mask, x)
@@ -122,8 +121,8 @@ def test_marginal_variance_and_covariance_are_those_of_the_dense_matrix(home, dt
 def test_parameters_rebuild_the_density(home):
     mean, factor, variance = problem((2,))
     density = home.low_rank_normal(mean, factor, variance)
-    again = home.module.DENSITIES[density.kind](density.mean, **density.parameters)
-    assert list(density.parameters) == ["factor", "variance"]
+    again = home.module.DENSITIES[density.kind](**density.parameters)
+    assert list(density.parameters) == ["mean", "factor", "variance"]
     np.testing.assert_array_equal(home.call(again, "log_prob", mean), home.call(density, "log_prob", mean))
     assert (density.rank, tuple(density.image_shape), tuple(density.batch_shape)) == (4, (3, 4, 4), (2,))
 
@@ -210,7 +209,7 @@ def test_conditioning_equals_the_dense_formula(home, dtype, full_variance, share
 def test_conditional_samples_have_the_conditional_mean_and_covariance(home):
     mean, factor, variance = problem((), rank=2, image_shape=(1, 2, 3), full_variance=True)
     mask, pixels = np.array([[[True, False, False], [False, True, False]]]), mean + 1
-    conditional = home.condition(home.low_rank_normal(mean, factor, variance), mask, pixels)
+    conditional = home.condition(home.low_rank_normal(mean, factor, variance), mask[0], pixels)
     samples = home.call(conditional, "sample", 20000, seed=3)
     np.testing.assert_array_equal(samples[:, mask], np.broadcast_to(pixels[mask], (20000, 2)))
     expected, covariance = Dense(mean, factor, variance).condition(mask, pixels)
@@ -361,7 +360,7 @@ def test_gradients_equal_those_of_the_dense_normal(full_variance):
     rows = factor.flatten(2)
     covariance = rows.mT @ rows + torch.diag_embed(variance.expand(2, 1, 2, 3).flatten(1))
     dense = torch.distributions.MultivariateNormal(mean.flatten(1), covariance)
-    ours = covae_train.densities.LowRankNormal(mean, factor, variance)
+    ours = covae_core.densities.LowRankNormal(mean, factor, variance)
     weights = torch.tensor([1.0, -0.7], dtype=torch.float64)
     for found, expected in (
         (ours.log_prob(x), dense.log_prob(x.flatten(1))),
@@ -382,7 +381,7 @@ def test_a_look_without_gradients_changes_no_later_gradient():
         "edit": lambda density: density.condition(mask, torch.zeros(1, 2, 3)).mean,
     }
     for ask in asked.values():
-        fresh, seen = (covae_train.densities.LowRankNormal(mean, factor, variance) for _ in range(2))
+        fresh, seen = (covae_core.densities.LowRankNormal(mean, factor, variance) for _ in range(2))
         with torch.no_grad():
             for look in asked.values():
                 look(seen)
@@ -403,39 +402,8 @@ def test_gradcheck_passes_on_scores_samples_and_edits(share):
     mask.flatten(1)[:, : max(int(share * 6), 1)] = True
 
     def outputs(mean, factor, variance, x):
-        density = covae_train.densities.LowRankNormal(mean, factor, variance)
+        density = covae_core.densities.LowRankNormal(mean, factor, variance)
         edit = density.condition(mask, x)
-        return density.log_prob(x), density.entropy(), density.rsample(2, seed=0), edit.mean, edit.rsample(1, seed=0)
+        return density.log_prob(x), density.entropy(), density.sample(2, seed=0), edit.mean, edit.sample(1, seed=0)
 
     assert torch.autograd.gradcheck(outputs, (mean, factor, variance, x))
-
-
-def test_the_torch_class_is_a_torch_distribution():
-    mean, factor, variance = torch_parameters(False)
-    density = covae_train.densities.LowRankNormal(mean, factor, variance)
-    assert isinstance(density, torch.distributions.Distribution)
-    assert (density.batch_shape, density.event_shape) == ((2,), (1, 2, 3))
-    assert density.sample((3, 2)).shape == (3, 2, 2, 1, 2, 3)
-    assert density.expand((4, 2)).sample().shape == (4, 2, 1, 2, 3)
-    torch.testing.assert_close(density.stddev**2, density.marginal_variance())
-    assert not density.sample().requires_grad
-    assert density.rsample().requires_grad
-
-
-def test_without_a_seed_torch_draws_from_its_generator():
-    density = covae_train.densities.LowRankNormal(*(tensor.detach() for tensor in torch_parameters(False)))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        first = density.sample(3)
-        second = density.sample(3)
-        torch.manual_seed(0)
-        torch.testing.assert_close(density.sample(3), first, rtol=0, atol=0)
-    assert not torch.equal(first, second)
-
-
-def test_both_homes_offer_the_same_names():
-    for name in covae_core.densities.DENSITIES:
-        client, train = covae_core.densities.DENSITIES[name], covae_train.densities.DENSITIES[name]
-        public = {attribute for attribute in dir(client) if not attribute.startswith("_")}
-        assert public <= set(dir(train)) | {"mean"}
-    assert set(covae_core.densities.__all__) == set(covae_train.densities.__all__)

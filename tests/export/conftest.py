@@ -46,5 +46,11 @@ def repository(runs, tmp_path_factory):
     """Both runs, published. Only slow tests may ask for it."""
     root = tmp_path_factory.mktemp("repository")
     for run in runs.values():
-        export_run(run, root, score_samples=SCORE_SAMPLES, deployment=Deployment(max_batch_size=32, instances=2))
+        export_run(
+            run,
+            root,
+            score_samples=SCORE_SAMPLES,
+            draw_samples=3,
+            deployment=Deployment(max_batch_size=32, instances=2),
+        )
     return root

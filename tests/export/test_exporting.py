@@ -11,12 +11,13 @@ from google.protobuf import text_format
 from onnx import numpy_helper
 from tritonclient.grpc import model_config_pb2 as pb
 
-from covae_core.contract import ModelSpec, Operation
+from covae_core.contract import ModelSpec, served_name
 from covae_core.errors import InvalidArgument
+from covae_core.operations import OPERATIONS
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
-from covae_export.exporting import Deployment, describe, export_run
-from covae_export.graphs import build_graph
+from covae_export.exporting import Deployment, export_run
+from covae_export.graphs import build_graph, describe
 from covae_export.triton_config import build_config, to_text
 from covae_export.verification import refuse_unacceptable, verify
 from covae_train.errors import CheckpointError
@@ -45,9 +46,9 @@ def read_config(path):
 def converted(runs, tmp_path):
     """`sample` of a run as an ONNX file, with the model and its spec."""
     run = runs["sos-vae"]
-    spec = describe(run, SCORE_SAMPLES)
+    spec = describe(run, SCORE_SAMPLES, 3)
     path = tmp_path / "model.onnx"
-    convert(build_graph(Operation.ENCODE, run.model, SCORE_SAMPLES), spec, Operation.ENCODE, path)
+    convert(build_graph(OPERATIONS["encode"], run.model, spec), path)
     return run.model, spec, path
 
 
@@ -61,28 +62,28 @@ def edit_weight(path, change):
 
 
 def test_a_faithful_graph_is_accepted(converted):
-    refuse_unacceptable(verify(converted[0], converted[1], Operation.ENCODE, converted[2]))
+    refuse_unacceptable(verify(converted[0], converted[1], OPERATIONS["encode"], converted[2]))
 
 
 def test_a_weight_that_changed_is_found_and_told_with_the_outputs_errors(converted):
     model, spec, path = converted
     edit_weight(path, lambda weight: weight * 1.01)
     with pytest.raises(ExportError, match=r"nothing was published: encode\.latent_mean: .*, allowed 0\.0001; encode"):
-        refuse_unacceptable(verify(model, spec, Operation.ENCODE, path))
+        refuse_unacceptable(verify(model, spec, OPERATIONS["encode"], path))
 
 
 def test_an_output_that_is_nan_is_refused(converted):
     model, spec, path = converted
     edit_weight(path, lambda weight: weight * float("nan"))
     with pytest.raises(ExportError, match=r"encode\.latent_mean: nan, allowed 0\.0001"):
-        refuse_unacceptable(verify(model, spec, Operation.ENCODE, path))
+        refuse_unacceptable(verify(model, spec, OPERATIONS["encode"], path))
 
 
 def test_a_file_that_is_no_graph_is_refused(converted):
     model, spec, path = converted
     path.write_bytes(b"no graph")
     with pytest.raises(ExportError, match="encode: ONNX Runtime cannot run the exported graph"):
-        verify(model, spec, Operation.ENCODE, path)
+        verify(model, spec, OPERATIONS["encode"], path)
 
 
 class OverTheBatch(torch.nn.Module):
@@ -126,30 +127,33 @@ def test_a_file_in_the_repositorys_place_is_told(runs, tmp_path):
 def test_a_run_in_its_mean_only_phase_cannot_be_exported(digits, tmp_path):
     trainer = Trainer(make_config(family="beta-vae", **TINY), digits, tmp_path / "run")
     trainer.save()
-    with pytest.raises(CheckpointError, match="still in its mean-only phase"):
+    with pytest.raises(CheckpointError, match="still in its phase 'mean'"):
         load_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("operation", Operation)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_configuration_parses_back_and_describes_the_model(operation, family, runs):
-    spec = describe(runs[family], SCORE_SAMPLES)
-    built = build_config("toy", spec, operation, max_batch_size=7, instances=3, instance_kind="gpu", threads=2)
+    spec = describe(runs[family], SCORE_SAMPLES, 3)
+    built = build_config(
+        "toy", spec, OPERATIONS[operation], max_batch_size=7, instances=3, instance_kind="gpu", threads=2
+    )
     config = text_format.Parse(to_text(built), pb.ModelConfig())
     assert config == built
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     assert ModelSpec.from_parameters(parameters) == spec
-    assert (parameters["operation"], parameters["intra_op_thread_count"]) == (operation.value, "2")
-    assert (config.name, config.backend, config.max_batch_size) == (f"toy_{operation.value}", "onnxruntime", 7)
+    assert (parameters["operation"], parameters["intra_op_thread_count"]) == (operation, "2")
+    assert (config.name, config.backend, config.max_batch_size) == (f"toy_{operation}", "onnxruntime", 7)
     (group,) = config.instance_group
     assert (group.count, group.kind) == (3, pb.ModelInstanceGroup.KIND_GPU)
-    for tensors, found in ((spec.inputs(operation), config.input), (spec.outputs(operation), config.output)):
+    entry = OPERATIONS[operation]
+    for tensors, found in ((entry.inputs(spec), config.input), (entry.outputs(spec), config.output)):
         wanted = [(tensor.name, f"TYPE_{tensor.dtype}", tensor.shape) for tensor in tensors]
         assert [(t.name, pb.DataType.Name(t.data_type), tuple(t.dims)) for t in found] == wanted
     (warm_up,) = config.model_warmup
     assert warm_up.batch_size == 1
     assert {name: tuple(tensor.dims) for name, tensor in warm_up.inputs.items()} == {
-        tensor.name: tensor.shape for tensor in spec.inputs(operation)
+        tensor.name: tensor.shape for tensor in OPERATIONS[operation].inputs(spec)
     }
     assert all(tensor.zero_data for tensor in warm_up.inputs.values())
     assert config.HasField("dynamic_batching")
@@ -158,11 +162,11 @@ def test_a_configuration_parses_back_and_describes_the_model(operation, family, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_spec_is_read_off_the_model(family, runs):
     run = runs[family]
-    spec = describe(run, SCORE_SAMPLES)
-    assert (spec.family, spec.image_shape, spec.latent_shape) == (family, (8, 8, 1), (5,))
-    factor = {"factor": (3, 1, 8, 8), "variance": (1, 1, 1)}
-    assert spec.density_parameters == (factor if family == "sos-vae" else {"variance": (1, 8, 8)})
-    assert (spec.rank, spec.score_samples) == (3 if family == "sos-vae" else 0, SCORE_SAMPLES)
+    spec = describe(run, SCORE_SAMPLES, 3)
+    assert (spec.family, spec.image_shape, spec.latents) == (family, (8, 8, 1), {"latent": (5,)})
+    factor = {"mean": (1, 8, 8), "factor": (3, 1, 8, 8), "variance": (1, 1, 1)}
+    assert spec.density_parameters == (factor if family == "sos-vae" else {"mean": (1, 8, 8), "variance": (1, 8, 8)})
+    assert (spec.score_samples, spec.draw_samples) == (SCORE_SAMPLES, 3)
     assert spec.run_id == family
     content = (run.folder / "checkpoint.safetensors").read_bytes()
     assert spec.run_digest == hashlib.sha256(content).hexdigest()
@@ -170,10 +174,10 @@ def test_the_spec_is_read_off_the_model(family, runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_five_entries_of_one_version_are_published_and_nothing_else(family, repository):
-    entries = [operation.model_name(family) for operation in Operation]
+def test_an_entry_for_each_operation_of_one_version_are_published_and_nothing_else(family, repository):
+    entries = [served_name(family, operation) for operation in OPERATIONS]
     assert all(entry in snapshot(repository) for entry in entries)
-    assert {path.name for path in repository.iterdir()} == {op.model_name(f) for f in FAMILIES for op in Operation}
+    assert {path.name for path in repository.iterdir()} == {served_name(f, op) for f in FAMILIES for op in OPERATIONS}
     for entry in entries:
         assert set(snapshot(repository / entry)) == {"1", "1/model.onnx", "config.pbtxt"}
         assert read_config(repository / entry / "config.pbtxt").name == entry
@@ -196,18 +200,18 @@ def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, reposi
     second = export_run(runs["beta-vae"], copied, score_samples=3, deployment=deployment, on_operation=seen.append)
     after = snapshot(copied)
     assert second.version == 2
-    assert seen == list(Operation)
-    entries = {operation: operation.model_name("beta-vae") for operation in Operation}
+    assert [operation.name for operation in seen] == list(OPERATIONS)
+    entries = {operation: served_name("beta-vae", operation) for operation in OPERATIONS}
     configs = {f"{entry}/config.pbtxt" for entry in entries.values()}
     assert all(after[path] == content for path, content in before.items() if path not in configs)
     added = {f"{entry}/2{file}" for entry in entries.values() for file in ("", "/model.onnx")}
     assert set(after) - set(before) == added
     for operation, entry in entries.items():
         config = read_config(copied / entry / "config.pbtxt")
-        wanted = 5 if operation is not Operation.SCORE else config.max_batch_size
+        wanted = 5 if operation != "score" else config.max_batch_size
         assert (config.max_batch_size, config.version_policy.latest.num_versions) == (wanted, 1)
         assert json.loads(config.parameters["score_samples"].string_value) == 3
-    assert {item.operation for item in second.disagreements} == set(Operation)
+    assert {item.operation.name for item in second.disagreements} == set(OPERATIONS)
     assert all(item.acceptable for item in second.disagreements)
 
 
@@ -226,7 +230,7 @@ class WrongWhenExported(torch.nn.Module):
 def test_graphs_that_disagree_with_torch_leave_the_repository_as_it_was(run_folders, tmp_path):
     run = load_run(run_folders["beta-vae"])
     run.model.head.mean = WrongWhenExported(run.model.head.mean)
-    entry = tmp_path / Operation.DECODE.model_name("toy")
+    entry = tmp_path / served_name("toy", "decode")
     (entry / "1").mkdir(parents=True)
     (entry / "1" / "model.onnx").write_bytes(b"an earlier version")
     before = snapshot(tmp_path)

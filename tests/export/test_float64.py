@@ -1,14 +1,19 @@
 """The modules that stand in for torch's layers in float64 compute the same, whatever their strides and paddings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from covae_export.errors import ExportError
 from covae_export.float64 import (
+    LOWERINGS,
     Affine,
+    ExpElu,
     ExpLogSoftplus,
-    MatMulConv,
     MatMulFirstLayer,
+    SpreadConv,
     in_float64,
     runnable_in_float64,
 )
@@ -37,7 +42,62 @@ def test_convolutions_equal_torchs(kernel, stride, padding, size):
     tall, wide = layer.kernel_size
     if size[0] + 2 * vertical < tall or size[1] + 2 * horizontal < wide:
         pytest.skip("the kernel is larger than the padded image")
-    close(MatMulConv.from_conv(layer)(images(3, size)), layer(images(3, size)))
+    form = LOWERINGS[nn.Conv2d].build(layer, (1, 3, *size)).double()
+    assert LOWERINGS[nn.Conv2d].refuse(layer) is None
+    close(form(images(3, size)), layer(images(3, size)))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("padding", "extra"), [(0, 0), (1, 0), (2, 1)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [3, 5])
+@torch.no_grad()
+def test_transposed_convolutions_equal_torchs(kernel, stride, padding, extra, size):
+    if extra >= stride:
+        pytest.skip("torch takes no output padding of a whole stride")
+    layer = nn.ConvTranspose2d(3, 5, kernel, stride, padding, extra, bias=stride != 2).double()
+    if any((side - 1) * stride - 2 * padding + kernel + extra < 1 for side in size):
+        pytest.skip("nothing is left of the image")
+    assert LOWERINGS[nn.ConvTranspose2d].refuse(layer) is None
+    close(SpreadConv(layer, size).double()(images(3, size)), layer(images(3, size)))
+
+
+REFUSED = {
+    "dilation": (nn.Conv2d(3, 4, 3, dilation=2), r"dilation = \(2, 2\); expected 1"),
+    "groups": (nn.Conv2d(4, 4, 3, groups=2), "groups = 2"),
+    "same": (nn.Conv2d(3, 4, 3, padding="same"), "padding 'same'"),
+    "strides": (nn.Conv2d(3, 4, 3, stride=(1, 2)), r"strides \(1, 2\); expected equal ones"),
+    "reflected": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "of reflect; expected a number of zeros"),
+    "too much padding": (nn.ConvTranspose2d(3, 4, 2, padding=2), "expected less than the kernel"),
+    "no statistics": (nn.BatchNorm2d(3, track_running_stats=False), "no running statistics"),
+    "another softplus": (nn.Softplus(beta=2), "another β"),
+    "another elu": (nn.ELU(alpha=0.5), r"α = 0\.5"),
+    "no form": (nn.GELU(), "no float64 kernel for it, and covae_export.float64 no form"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_layer_that_has_no_form_is_refused_by_its_name(case):
+    layer, words = REFUSED[case]
+    model = build_model(make_config(family="sos-vae", data="x", image_shape=(8, 8, 1), widths=(4, 6), rank=2))
+    model.encoder.oddity = nn.Sequential(layer)
+    name = type(layer).__name__
+    with pytest.raises(ExportError, match=rf"^encoder\.oddity\.0: a {name} cannot be scored in float64: .*{words}"):
+        runnable_in_float64(model)
+
+
+def test_a_form_that_does_not_give_the_layers_values_is_refused(monkeypatch):
+    model = build_model(make_config(family="sos-vae", data="x", image_shape=(8, 8, 1), widths=(4, 6), rank=2))
+    wrong = replace(LOWERINGS[nn.Softplus], build=lambda layer, shape: nn.ReLU())
+    monkeypatch.setitem(LOWERINGS, nn.Softplus, wrong)
+    with pytest.raises(ExportError, match=r"encoder\.softplus: the float64 form of this Softplus is off by 0\.\d"):
+        runnable_in_float64(model)
+
+
+@torch.no_grad()
+def test_elu_equals_torchs():
+    x = torch.linspace(-60, 60, 1001).double()
+    torch.testing.assert_close(ExpElu()(x), nn.functional.elu(x), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (4, 4), (3, 7)])
@@ -75,27 +135,28 @@ def test_a_whole_model_equals_its_double_and_keeps_no_layer_without_a_float64_ke
     model = build_model(config)
     model.train()
     for _ in range(3):
-        model.posterior(torch.rand(4, shape[2], *shape[:2]))
-        model.density(torch.randn(4, 5))
+        model.posteriors(torch.rand(4, shape[2], *shape[:2]))
+        model.density({"latent": torch.randn(4, 5)})
     double = in_float64(model.eval())
-    runnable = runnable_in_float64(double)
+    runnable = runnable_in_float64(model)
     kept = {type(module) for module in runnable.modules()}
     assert not kept & {nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Softplus}
     latent = torch.randn(3, 5, dtype=torch.float64)
-    found, expected = runnable.density(latent), double.density(latent)
+    found, expected = (one.density({"latent": latent}) for one in (runnable, double))
     close(found.mean, expected.mean)
     for name, value in expected.parameters.items():
         # torch's softplus is x itself from 20 on, which no variance comes near.
         close(found.parameters[name].double(), value.double())
     batch = images(shape[2], shape[:2])
-    for ours, theirs in zip(runnable.posterior(batch), double.posterior(batch), strict=True):
-        close(ours, theirs)
+    ours, theirs = (one.posteriors(batch)["latent"] for one in (runnable, double))
+    close(ours.mean, theirs.mean)
+    close(ours.scale, theirs.scale)
 
 
 def test_the_model_itself_stays_as_it_was():
     model = build_model(make_config(family="sos-vae", data="x", image_shape=(8, 8, 1), widths=(4, 6), rank=2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    runnable_in_float64(in_float64(model))
+    runnable_in_float64(model)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from covae_core import images as client_images
-from covae_core.contract import NUMPY_DTYPES, Operation
+from covae_core.contract import NUMPY_DTYPES, served_name
+from covae_core.importance import importance_weights
 from covae_core.noise import Stream
+from covae_core.operations import OPERATIONS, to_uint8, to_unit
 from covae_export.conversion import convert, example_inputs
-from covae_export.exporting import describe
-from covae_export.graphs import build_graph, build_reference, to_uint8, to_unit
+from covae_export.graphs import build_graph, build_reference, describe
 from covae_train.families import build_model, make_config
-from covae_train.noise import standard_normal
 from covae_train.run import TrainedRun
-from covae_train.scoring import log_weights
+from covae_train.torch_backend import standard_normal
 
 from .conftest import SCORE_SAMPLES
 
@@ -49,8 +49,10 @@ def session(path):
 
 
 def feed(spec, operation, rows, seed=0):
-    tensors = example_inputs(spec, operation, rows, seed)
-    return {tensor.name: value.numpy() for tensor, value in zip(spec.inputs(operation), tensors, strict=True)}
+    tensors = example_inputs(spec, OPERATIONS[operation], rows, seed)
+    return {
+        tensor.name: value.numpy() for tensor, value in zip(OPERATIONS[operation].inputs(spec), tensors, strict=True)
+    }
 
 
 def check_graph(path, spec, operation):
@@ -59,8 +61,8 @@ def check_graph(path, spec, operation):
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
     assert not list(Path(path).parent.glob("*.data"))
     for tensors, values in (
-        (spec.inputs(operation), model.graph.input),
-        (spec.outputs(operation), model.graph.output),
+        (OPERATIONS[operation].inputs(spec), model.graph.input),
+        (OPERATIONS[operation].outputs(spec), model.graph.output),
     ):
         assert [value.name for value in values] == [tensor.name for tensor in tensors]
         for tensor, value in zip(tensors, values, strict=True):
@@ -80,11 +82,11 @@ def check_answers(path, model, spec, operation):
     running = session(path)
     whole = feed(spec, operation, 17, seed=5)
     found = running.run(None, whole)
-    reference = build_reference(operation, model, spec.score_samples)
+    reference = build_reference(OPERATIONS[operation], model, spec)
     with torch.no_grad():
         expected = [value.numpy() for value in reference(*(torch.from_numpy(value) for value in whole.values()))]
     tolerances = {"FP32": {"rtol": 1e-4, "atol": 1e-4}, "UINT8": {"atol": 1}, "FP64": {"atol": 0.05}}
-    for tensor, value, wanted in zip(spec.outputs(operation), found, expected, strict=True):
+    for tensor, value, wanted in zip(OPERATIONS[operation].outputs(spec), found, expected, strict=True):
         assert value.dtype == NUMPY_DTYPES[tensor.dtype]
         assert value.shape == (17, *tensor.shape)
         np.testing.assert_allclose(value.astype(float), wanted.astype(float), **tolerances[tensor.dtype])
@@ -100,7 +102,7 @@ def check_answers(path, model, spec, operation):
 
 def test_pixels_become_numbers_and_bytes_as_the_clients_do():
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
-    torch.testing.assert_close(to_uint8(to_unit(pixels)), pixels, rtol=0, atol=0)
+    torch.testing.assert_close(to_uint8(to_unit(pixels, torch.float32)), pixels, rtol=0, atol=0)
     values = torch.cat([torch.linspace(-0.5, 1.5, 4001), torch.tensor([0.5, 1.5, 2.5, 254.5]) / 255])
     found = to_uint8(values.reshape(1, 1, 1, -1)).flatten().numpy()
     np.testing.assert_array_equal(found, client_images.to_uint8(values.numpy()))
@@ -127,10 +129,10 @@ def check_restart(path, whole, found, folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sample_keeps_to_the_contract_and_to_torch(family, runs, tmp_path):
-    model, spec, path = runs[family].model, describe(runs[family], SCORE_SAMPLES), tmp_path / "sample.onnx"
-    convert(build_graph(Operation.SAMPLE, model, SCORE_SAMPLES), spec, Operation.SAMPLE, path)
-    check_graph(path, spec, Operation.SAMPLE)
-    whole, found = check_answers(path, model, spec, Operation.SAMPLE)
+    model, spec, path = runs[family].model, describe(runs[family], SCORE_SAMPLES, 3), tmp_path / "sample.onnx"
+    convert(build_graph(OPERATIONS["sample"], model, spec), path)
+    check_graph(path, spec, "sample")
+    whole, found = check_answers(path, model, spec, "sample")
     check_restart(path, whole, found, tmp_path)
     images, latents = found
     assert len(np.unique(images.reshape(17, -1), axis=0)) == 17
@@ -144,19 +146,19 @@ def test_rows_of_any_length_keep_their_bytes_in_any_batch(shape, tmp_path):
     config = make_config(family="beta-vae", data="x", image_shape=shape, widths=(4, 6, 8), latent_size=7)
     model = build_model(config).eval()
     torch.nn.init.normal_(model.head.variance.weight, std=0.3)
-    spec = describe(TrainedRun(Path("run"), config, model, {}, ""), 2)
-    for operation in (Operation.DECODE, Operation.ENCODE):
-        path = tmp_path / f"{operation.value}.onnx"
-        convert(build_graph(operation, model, 2), spec, operation, path)
+    spec = describe(TrainedRun(Path("run"), config, model, {}, ""), 2, 2)
+    for operation in ("decode", "encode"):
+        path = tmp_path / f"{operation}.onnx"
+        convert(build_graph(OPERATIONS[operation], model, spec), path)
         check_answers(path, model, spec, operation)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("operation", Operation)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_graph_keeps_to_the_contract_and_to_torch(operation, family, runs, repository, tmp_path):
-    spec = describe(runs[family], SCORE_SAMPLES)
-    path = repository / operation.model_name(family) / "1" / "model.onnx"
+    spec = describe(runs[family], SCORE_SAMPLES, 3)
+    path = repository / served_name(family, operation) / "1" / "model.onnx"
     check_graph(path, spec, operation)
     whole, found = check_answers(path, runs[family].model, spec, operation)
     check_restart(path, whole, found, tmp_path)
@@ -165,15 +167,17 @@ def test_every_graph_keeps_to_the_contract_and_to_torch(operation, family, runs,
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_condition_keeps_the_fixed_pixels_and_moves_the_others(family, runs, repository):
-    spec = describe(runs[family], SCORE_SAMPLES)
-    running = session(repository / Operation.CONDITION.model_name(family) / "1" / "model.onnx")
-    given = feed(spec, Operation.CONDITION, 6)
-    for value in running.run(None, given):
+    spec = describe(runs[family], SCORE_SAMPLES, 3)
+    running = session(repository / served_name(family, "condition") / "1" / "model.onnx")
+    given = feed(spec, "condition", 6)
+    given["softness"][:] = 0
+    for value in running.run(None, given)[:2]:
         np.testing.assert_array_equal(value[given["mask"]], given["pixels"][given["mask"]])
     nothing = {**given, "mask": np.zeros_like(given["mask"])}
-    mean, _ = running.run(None, nothing)
+    mean, _, distance = running.run(None, nothing)
+    np.testing.assert_array_equal(distance, np.zeros((6, 1)))
     with torch.no_grad():
-        density = runs[family].model.density(torch.from_numpy(given["latent"]))
+        density = runs[family].model.density({"latent": torch.from_numpy(given["latent"])})
     expected = (density.mean.clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(mean, expected, atol=0.51)
 
@@ -189,11 +193,12 @@ def test_scores_are_within_a_twentieth_of_a_nat_of_float64(kind, family, runs, r
     normals = standard_normal(seeds, SCORE_SAMPLES * 5, Stream.POSTERIOR, torch.float64)
     model = build_model(runs[family].config).double()
     model.load_state_dict(runs[family].model.state_dict())
-    wanted = log_weights(model.eval(), images.double() / 255, normals.reshape(16, SCORE_SAMPLES, 5))
-    running = session(repository / Operation.SCORE.model_name(family) / "1" / "model.onnx")
+    noise = {"latent": normals.reshape(16, SCORE_SAMPLES, 5)}
+    wanted = importance_weights(model.eval(), images.double() / 255, noise)
+    running = session(repository / served_name(family, "score") / "1" / "model.onnx")
     wire = {"image": images.permute(0, 2, 3, 1).contiguous().numpy(), "seed": seeds.reshape(-1, 1).numpy()}
-    (found,) = running.run(None, wire)
-    assert found.dtype == np.float64
-    # Noise is worth some −10⁶ nats under D = 1e-5, so this is twelve digits and more.
-    assert np.abs(found - wanted.numpy()).max() < 0.05
-    assert np.isfinite(found).all()
+    for found, part in zip(running.run(None, wire), wanted, strict=True):
+        assert found.dtype == np.float64
+        # Noise is worth some −10⁶ nats under D = 1e-5, so this is twelve digits and more.
+        assert np.abs(found - part.numpy()).max() < 0.05
+        assert np.isfinite(found).all()

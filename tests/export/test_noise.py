@@ -3,41 +3,41 @@
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from scipy import stats
 
 from covae_core import noise
 from covae_core.contract import TensorSpec
 from covae_core.noise import MAX_SEED, Stream, row_seeds
+from covae_core.operations import Operation
 from covae_export.conversion import convert
-from covae_train.noise import standard_normal
+from covae_export.graphs import Graph
+from covae_train.torch_backend import standard_normal
 
 COUNT = 1000
 ROWS = 1000
 
 
-class Spec:
-    """What conversion asks of a model's spec."""
-
-    def inputs(self, operation):
-        return (TensorSpec("seed", "INT64", (1,)),)
-
-    def outputs(self, operation):
-        return tuple(TensorSpec(stream.name.lower(), "FP32", (COUNT,)) for stream in Stream)
-
-
-class Noise(torch.nn.Module):
+def all_streams(model, spec, inputs):
     """All streams of a seed, COUNT numbers each."""
+    seeds = inputs["seed"].flatten()
+    return {stream.name.lower(): standard_normal(seeds, COUNT, stream) for stream in Stream}
 
-    def forward(self, seed):
-        return tuple(standard_normal(seed.flatten(), COUNT, stream) for stream in Stream)
+
+NOISE = Operation(
+    "noise",
+    "numbers of every stream",
+    frozenset(),
+    lambda spec: (TensorSpec("seed", "INT64", (1,)),),
+    lambda spec: tuple(TensorSpec(stream.name.lower(), "FP32", (COUNT,)) for stream in Stream),
+    all_streams,
+)
 
 
 @pytest.fixture(scope="module")
 def draw(tmp_path_factory):
     """From seeds to one array (seeds, COUNT) per stream, in onnxruntime."""
     path = tmp_path_factory.mktemp("noise") / "noise.onnx"
-    convert(Noise().eval(), Spec(), next(iter(noise.Stream)), path)
+    convert(Graph(None, None, NOISE).eval(), path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(seeds):
@@ -125,7 +125,8 @@ def test_every_int64_is_a_seed_of_its_own_and_gives_the_clients_numbers(kind, dr
         difference = np.abs(found - noise.standard_normal(seeds, COUNT, stream))
         # float32 rounds a uniform number next to 1 by 6e-8, and so a radius next to 0 by √1.2e-7 at most.
         assert difference.max() < 3.5e-4
-        assert (difference > 1e-5).mean() < 1e-4
+        # One number in 10⁴ is as near to 1 as that; a few seeds have one of them by chance.
+        assert (difference > 1e-5).sum() <= max(1, 1e-4 * difference.size)
         sample = found.astype(np.float64)
         assert abs(sample.mean()) < 5 / np.sqrt(sample.size)
         assert abs((sample**2).mean() - 1) < 5 * np.sqrt(2 / sample.size)

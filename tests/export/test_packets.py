@@ -34,11 +34,13 @@ def runner(proto):
     return lambda x: session.run(["y"], {"x": x})[0]
 
 
-def batch(rows, row, dtype):
-    return (np.random.default_rng(0).random((rows, *row)) * 6 + 1e-3).astype(dtype)
+def batch(rows, row, dtype, operator=""):
+    values = (np.random.default_rng(0).random((rows, *row)) * 6 + 1e-3).astype(dtype)
+    return -values if operator == "Elu" else values  # above 0 it does nothing
 
 
-CASES = [(operator, dtype) for operator in SPLIT_OPERATORS for dtype in DTYPES]
+# ONNX Runtime has no float64 Elu.
+CASES = [(operator, dtype) for operator in SPLIT_OPERATORS for dtype in DTYPES if (operator, dtype) != ("Elu", 11)]
 CASES.remove(("Softplus", TensorProto.DOUBLE))  # ONNX Runtime has none
 
 
@@ -46,7 +48,7 @@ CASES.remove(("Softplus", TensorProto.DOUBLE))  # ONNX Runtime has none
 @pytest.mark.parametrize(("operator", "dtype"), CASES)
 def test_a_rows_bytes_are_the_same_in_every_batch(operator, dtype, row):
     run = runner(filled(build(operator, dtype, row)))
-    x = batch(17, row, DTYPES[dtype])
+    x = batch(17, row, DTYPES[dtype], operator)
     whole = run(x)
     for rows in (1, 2, 3, 16):
         assert run(x[:rows]).tobytes() == whole[:rows].tobytes()
@@ -56,7 +58,7 @@ def test_a_rows_bytes_are_the_same_in_every_batch(operator, dtype, row):
 @pytest.mark.parametrize(("operator", "dtype"), CASES)
 def test_values_and_shapes_stay(operator, dtype):
     before, after = build(operator, dtype, (5, 3)), filled(build(operator, dtype, (5, 3)))
-    x = batch(4, (5, 3), DTYPES[dtype])
+    x = batch(4, (5, 3), DTYPES[dtype], operator)
     np.testing.assert_allclose(runner(after)(x), runner(before)(x), rtol=1e-6)
     assert after.graph.output[0] == before.graph.output[0]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
 from covae_core.images import channels_first, channels_last, to_uint8, to_unit
 
-pytestmark = pytest.mark.slow
+# Half of a held-out image is nothing that another latent's density would make.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::covae_client.model.BeyondReach")]
 
 ROWS = 9
 SHARES = {"one in 64": 1 / 64, "a fifth": 0.2, "nearly all": 0.9}
@@ -44,6 +46,38 @@ def test_what_follows_is_what_the_clients_own_density_says(model, held_out, mask
     # Values next to ½ may round the other way.
     assert np.abs(levels(local.mean) - conditioned.image).max() <= 1
     assert np.abs(levels(local.sample(1, seed=4)[0]) - conditioned.sample).max() <= 1
+
+
+@pytest.mark.parametrize("softness", [0.02, 0.3])
+def test_softly_fixed_pixels_are_what_the_clients_own_density_says(softness, model, held_out, mask):
+    latents, pixels = model.latents(ROWS, seed=0), held_out[:ROWS]
+
+    conditioned = model.condition(latents, mask, pixels, softness=softness, seed=4)
+
+    local = model.decode(latents).condition(mask, channels_first(to_unit(pixels)), softness)
+    assert np.abs(levels(local.mean) - conditioned.image).max() <= 1
+    assert np.abs(levels(local.sample(1, seed=4)[0]) - conditioned.sample).max() <= 1
+    np.testing.assert_allclose(conditioned.distance, local.distance(), rtol=1e-3)
+    np.testing.assert_allclose(conditioned.tail, chi2.sf(conditioned.distance, mask.sum(axis=(1, 2))), rtol=1e-9)
+
+
+def test_an_edit_that_the_density_would_not_make_is_brought_near_by_its_softness(client):
+    model = client.model("digits-sos-vae")
+    latent, mask = model.latents(1, seed=0)[0], np.zeros((8, 8), bool)
+    mask[3:5, 3:5] = True
+    before = model.condition(latent, mask & ~mask, np.zeros((8, 8, 1), np.uint8)).image
+    wanted = np.where(before > 127, 0, 255).astype(np.uint8)
+
+    exact = model.condition(latent, mask, wanted)
+    softness = model.softness_for(latent, mask, wanted)
+    soft = model.condition(latent, mask, wanted, softness=softness)
+
+    assert not exact.within_reach
+    assert soft.within_reach
+    assert 0 < softness < 1
+    # What follows stays nearer to the image.
+    moved = [np.abs(found.image.astype(int) - before)[~mask].mean() for found in (exact, soft)]
+    assert moved[1] < moved[0]
 
 
 def test_with_nothing_fixed_the_mean_and_the_sample_of_the_same_seed_come_back(model):

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from covae_core.contract import Operation
-from covae_core.images import channels_first, to_unit
-from covae_train.scoring import in_float64
+from covae_core.images import channels_first, channels_last, to_uint8, to_unit
+from covae_core.operations import OPERATIONS
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +26,11 @@ def latents(model) -> np.ndarray:
 def expected(network, latents):
     """The density in torch."""
     with torch.no_grad():
-        return network.density(torch.from_numpy(latents))
+        return network.density({"latent": torch.from_numpy(latents)})
 
 
-def test_all_five_operations_are_served(model, runs):
-    assert set(model.operations) == set(Operation)
+def test_all_operations_are_served(model, runs):
+    assert set(model.operations) == set(OPERATIONS)
     assert model.spec.run_digest == runs[model.name].digest
 
 
@@ -57,9 +56,9 @@ def test_the_clients_log_density_is_torchs(model, latents, expected):
     density = model.decode(latents)
     drawn = density.sample(3, seed=1)
 
-    wanted = in_float64(expected).log_prob(torch.from_numpy(drawn).double())
+    wanted = expected.to(torch.float64).log_prob(torch.from_numpy(drawn).double())
     np.testing.assert_allclose(density.log_prob(drawn), wanted, rtol=0, atol=LOG_PROB_TOLERANCE)
-    np.testing.assert_allclose(density.entropy(), in_float64(expected).entropy(), rtol=0, atol=LOG_PROB_TOLERANCE)
+    np.testing.assert_allclose(density.entropy(), expected.to(torch.float64).entropy(), rtol=0, atol=LOG_PROB_TOLERANCE)
 
 
 def test_what_follows_from_fixed_pixels_is_torchs(model, latents, expected, held_out):
@@ -68,7 +67,7 @@ def test_what_follows_from_fixed_pixels_is_torchs(model, latents, expected, held
     mask = np.random.default_rng(0).random((len(latents), 8, 8)) < 0.2
 
     local = density.condition(mask, pixels)
-    wanted = in_float64(expected).condition(torch.from_numpy(mask), torch.from_numpy(pixels).double())
+    wanted = expected.to(torch.float64).condition(torch.from_numpy(mask), torch.from_numpy(pixels).double())
     # A grey level is 4e-3. Fixing a pixel far from what the factor can do amplifies the factor's last bits.
     np.testing.assert_allclose(local.mean, wanted.mean, rtol=0, atol=2e-3)
     np.testing.assert_allclose(local.marginal_variance(), wanted.marginal_variance(), rtol=1e-2, atol=1e-6)
@@ -78,7 +77,24 @@ def test_the_posterior_is_torchs(model, network, held_out):
     posterior = model.encode(held_out[:17])
 
     with torch.no_grad():
-        wanted = network.posterior(torch.from_numpy(channels_first(to_unit(held_out[:17]))))
+        wanted = network.posteriors(torch.from_numpy(channels_first(to_unit(held_out[:17]))))["latent"]
     np.testing.assert_allclose(posterior.mean, wanted.mean, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_allclose(posterior.scale, wanted.scale, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_array_equal(model.encode(held_out[4]).mean, posterior.mean[4])
+
+
+def test_draws_are_the_densitys_own_samples(model, latents):
+    drawn = model.draw(latents[3], 19, seed=5)
+    wanted = to_uint8(channels_last(model.decode(latents[3]).sample(19, seed=5)))
+
+    # Values next to ½ may round the other way.
+    assert np.abs(drawn.astype(int) - wanted).max() <= 1
+    assert len(np.unique(drawn.reshape(19, -1), axis=0)) == 19
+    np.testing.assert_array_equal(model.draw(latents[3], 5, seed=5), drawn[:5])
+    np.testing.assert_array_equal(model.draw(latents[2:5], 7, seed=5)[1], model.draw(latents[3], 7, seed=5, start=1))
+
+
+def test_a_sample_is_the_first_draw_of_its_latent(model):
+    images, latents = model.sample_with_latents(1, seed=5)
+
+    np.testing.assert_array_equal(model.draw(latents[0], 1, seed=5), images)

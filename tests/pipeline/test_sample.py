@@ -15,7 +15,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from covae_client import Client, Model
-from covae_core.contract import Operation
+from covae_core.contract import served_name
 from covae_core.images import channels_last, to_uint8
 from covae_serving.service import Service
 from covae_serving.stubs import find_stubs
@@ -83,7 +83,7 @@ def test_another_server_gives_the_same_bytes(model, repository):
 
 
 def test_two_instances_give_the_same_bytes(model, repository, tmp_path):
-    entry = Operation.SAMPLE.model_name(model.name)
+    entry = served_name(model.name, "sample")
     shutil.copytree(repository / entry, tmp_path / entry)
     config = text_format.Parse((tmp_path / entry / "config.pbtxt").read_text(), ModelConfig())
     config.instance_group[0].count = 2

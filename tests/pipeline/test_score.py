@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from covae_client.model import SCORE_CALLS
+from covae_client.plans import SCORE_CALLS
 from covae_client.scoring import summarise
-from covae_core.contract import Operation
 from covae_core.images import channels_first
 from covae_core.noise import Stream, row_seeds, uniform
+from covae_core.operations import OPERATIONS
 
 pytestmark = pytest.mark.slow
 
@@ -26,12 +26,12 @@ WEIGHT_TOLERANCE = 0.05
 def posterior_noise(model, index: int, seed: int) -> np.ndarray:
     """The standard normals in float64 behind the weights of the image `index`. shape: (SAMPLES, *latent_shape)"""
     calls = row_seeds(seed, index * SCORE_CALLS + np.arange(SAMPLES // model.spec.score_samples))
-    shape = (model.spec.score_samples, *model.spec.latent_shape)
+    shape = (model.spec.score_samples, *model.spec.latents["latent"])
     half = (np.prod(shape) + 1) // 2
     numbers = uniform(calls, 2 * half, Stream.POSTERIOR)
     radius, angle = np.sqrt(-2 * np.log(numbers[:, :half])), 2 * np.pi * numbers[:, half:]
     normals = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, : np.prod(shape)]
-    return normals.reshape(SAMPLES, *model.spec.latent_shape)
+    return normals.reshape(SAMPLES, *model.spec.latents["latent"])
 
 
 def dense_log_prob(density, image: Tensor) -> Tensor:
@@ -51,11 +51,12 @@ def oracle(network, model, images: np.ndarray, seed: int) -> np.ndarray:
     network = copy.deepcopy(network).double()
     weights = []
     for index, image in enumerate(torch.from_numpy(channels_first(images)).double() / 255):
-        mean, scale = (value[0] for value in network.posterior(image[None]))
+        found = network.posteriors(image[None])["latent"]
+        mean, scale = found.mean[0], found.scale[0]
         latent = mean + scale * torch.from_numpy(posterior_noise(model, index, seed))
         prior = Independent(Normal(torch.zeros_like(mean), 1), 1)
         posterior = Independent(Normal(mean, scale), 1)
-        log_prob = dense_log_prob(network.density(latent), image)
+        log_prob = dense_log_prob(network.density({"latent": latent}), image)
         weights.append(log_prob + prior.log_prob(latent) - posterior.log_prob(latent))
     return torch.stack(weights).numpy()
 
@@ -123,7 +124,20 @@ def test_held_out_digits_score_above_noise(model, held_out):
 
 
 def test_the_contract_says_how_many_weights_a_call_gives(model):
-    (weights,) = model.spec.outputs(Operation.SCORE)
+    outputs = OPERATIONS["score"].outputs(model.spec)
 
-    assert weights.shape == (model.spec.score_samples,)
+    assert all(tensor.shape == (model.spec.score_samples,) for tensor in outputs)
     assert SAMPLES % model.spec.score_samples == 0
+
+
+def test_a_weight_is_made_of_its_parts(model, held_out):
+    images = held_out[:5]
+    parts = model.run("score", image=images, seed=np.arange(5)[:, None])
+
+    total = parts["log_likelihood"] + parts["log_prior"] - parts["log_posterior"]
+    np.testing.assert_allclose(parts["log_weight"], total, rtol=1e-12)
+    # log p(x|z) is the distance but for what does not depend on the image.
+    rest = parts["log_likelihood"] + 0.5 * parts["distance"]
+    assert (parts["distance"] > 0).all()
+    if model.spec.family == "sos-vae":
+        assert np.abs(rest).max() < 0.05 * parts["distance"].max()

@@ -20,7 +20,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from covae_core.contract import NUMPY_DTYPES, PLATFORM_BACKEND, ModelSpec, Operation, TensorSpec
+from covae_core.contract import NUMPY_DTYPES, PLATFORM_BACKEND, ModelSpec, TensorSpec, served_name
+from covae_core.operations import OPERATIONS
 from covae_serving.regions import SHARED_MEMORY
 from covae_serving.service import Service
 from covae_serving.stubs import Stub, find_stubs
@@ -28,15 +29,30 @@ from covae_serving.stubs import Stub, find_stubs
 BLACK = np.zeros((1, 2, 2, 1), np.uint8)
 TOY = ModelSpec(
     family="toy",
-    density="diagonal",
     image_shape=(2, 2, 1),
-    latent_shape=(4,),
-    density_parameters={"variance": (1, 1, 1)},
-    rank=0,
+    latents={"latent": (4,)},
+    posteriors={},
+    priors={"latent": "standard-normal"},
+    density="diagonal",
+    density_parameters={"mean": (1, 2, 2), "variance": (1, 1, 1)},
+    operations=("decode", "sample", "score"),
     score_samples=1,
+    draw_samples=1,
     run_id="toy",
     run_digest="0" * 64,
 )
+
+
+def inputs(operation: str) -> tuple[TensorSpec, ...]:
+    """The input tensors of one of the toy's operations."""
+    return OPERATIONS[operation].inputs(TOY)
+
+
+def outputs(operation: str) -> tuple[TensorSpec, ...]:
+    """Its output tensors; of score, the weights alone."""
+    return OPERATIONS[operation].outputs(TOY)[: 1 if operation == "score" else None]
+
+
 TABLE_SIZE = 1024
 ONNX_TYPES = {
     "BOOL": TensorProto.BOOL,
@@ -140,29 +156,29 @@ def score_nodes() -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     return nodes, constants
 
 
-NODES = {Operation.DECODE: decode_nodes, Operation.SAMPLE: sample_nodes, Operation.SCORE: score_nodes}
+NODES = {"decode": decode_nodes, "sample": sample_nodes, "score": score_nodes}
 
 
-def toy_graph(operation: Operation, free_outputs: bool = False) -> onnx.ModelProto:
+def toy_graph(operation: str, free_outputs: bool = False) -> onnx.ModelProto:
     """The operation's graph; with `free_outputs` it does not say which shapes its outputs have."""
     nodes, constants = NODES[operation]()
-    outputs = [value_info(tensor) for tensor in TOY.outputs(operation)]
+    made = [value_info(tensor) for tensor in outputs(operation)]
     if free_outputs:
-        for output in outputs:
+        for output in made:
             output.type.tensor_type.ClearField("shape")
     graph = helper.make_graph(
         nodes,
-        f"toy_{operation.value}",
-        [value_info(tensor) for tensor in TOY.inputs(operation)],
-        outputs,
+        f"toy_{operation}",
+        [value_info(tensor) for tensor in inputs(operation)],
+        made,
         constants,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def toy_config(name: str, operation: Operation) -> ModelConfig:
-    config = ModelConfig(name=operation.model_name(name), backend=PLATFORM_BACKEND, max_batch_size=64)
-    for tensors, field in ((TOY.inputs(operation), config.input), (TOY.outputs(operation), config.output)):
+def toy_config(name: str, operation: str) -> ModelConfig:
+    config = ModelConfig(name=served_name(name, operation), backend=PLATFORM_BACKEND, max_batch_size=64)
+    for tensors, field in ((inputs(operation), config.input), (outputs(operation), config.output)):
         for tensor in tensors:
             field.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.shape)
     config.dynamic_batching.default_queue_policy.max_queue_size = 256
@@ -175,13 +191,13 @@ def toy_config(name: str, operation: Operation) -> ModelConfig:
 def write_toy(
     repository: Path,
     name: str = "toy",
-    operations: Iterable[Operation] = tuple(NODES),
+    operations: Iterable[str] = tuple(NODES),
     change: Callable[[ModelConfig], object] = lambda config: None,
     free_outputs: bool = False,
 ) -> Path:
     """Write a toy model's operations, their configs changed by `change`; the repository's path comes back."""
     for operation in operations:
-        folder = repository / operation.model_name(name)
+        folder = repository / served_name(name, operation)
         (folder / "1").mkdir(parents=True)
         onnx.save(toy_graph(operation, free_outputs), folder / "1" / "model.onnx")
         config = toy_config(name, operation)

@@ -11,7 +11,6 @@ import grpc
 import numpy as np
 import pytest
 
-from covae_core.contract import Operation
 from covae_serving.errors import ServingError
 from covae_serving.service import Service
 
@@ -102,7 +101,7 @@ def executions_after(service: Service, model_name: str, before: int) -> int:
 
 
 def test_a_bad_request_does_not_spoil_the_batch_it_came_in(tmp_path, write_toy, serve, connect, arrays):
-    service = serve(write_toy(tmp_path, operations=[Operation.DECODE], change=waiting_batches))
+    service = serve(write_toy(tmp_path, operations=["decode"], change=waiting_batches))
     caller = connect(service.grpc_address)
     before = executions_after(service, "toy_decode", 0)  # the probe that found it ready
     latents = [np.full((rows, 4), rows, np.float32) for rows in (1, 2, 3)]
@@ -119,7 +118,7 @@ def test_a_bad_request_does_not_spoil_the_batch_it_came_in(tmp_path, write_toy, 
 
 
 def test_a_request_that_the_graph_fails_on_does_not_spoil_its_batch(tmp_path, write_toy, serve, connect, arrays):
-    service = serve(write_toy(tmp_path, operations=[Operation.SAMPLE], change=waiting_batches))
+    service = serve(write_toy(tmp_path, operations=["sample"], change=waiting_batches))
     caller = connect(service.grpc_address)
     before = executions_after(service, "toy_sample", 0)  # the probe that found it ready
 
@@ -137,7 +136,7 @@ def test_two_instances_give_the_same_bytes(tmp_path, write_toy, serve, connect, 
         config.instance_group[0].count = 2
 
     before = len(own_stubs())
-    service = serve(write_toy(tmp_path, operations=[Operation.SAMPLE], change=two_instances))
+    service = serve(write_toy(tmp_path, operations=["sample"], change=two_instances))
     caller = connect(service.grpc_address)
     answers = [caller.send("toy_sample", **seeds(3, 4, 5)) for _ in range(40)]
 
@@ -152,7 +151,7 @@ def test_a_model_without_a_batch_axis_is_served(tmp_path, write_toy, serve, conn
         for tensor in [*config.input, *config.output]:
             tensor.dims.insert(0, -1)
 
-    service = serve(write_toy(tmp_path, operations=[Operation.DECODE], change=unbatched))
+    service = serve(write_toy(tmp_path, operations=["decode"], change=unbatched))
     caller = connect(service.grpc_address)
 
     assert caller.infer("toy_decode", latent=np.ones((3, 4), np.float32))["mean"].shape == (3, 1, 2, 2)
@@ -176,7 +175,7 @@ def test_the_cpp_backends_settings_are_read(tmp_path, write_toy, serve, connect)
         for name, value in settings.items():
             config.parameters[name].string_value = value
 
-    service = serve(write_toy(tmp_path, operations=[Operation.DECODE], change=change))
+    service = serve(write_toy(tmp_path, operations=["decode"], change=change))
 
     assert connect(service.grpc_address).infer("toy_decode", latent=LATENT)["mean"].shape == (1, 1, 2, 2)
 
@@ -215,7 +214,7 @@ def add_accelerator(config) -> None:
     ],
 )
 def test_a_config_that_the_graph_does_not_keep_is_refused_at_load(tmp_path, write_toy, change, message):
-    write_toy(tmp_path, operations=[Operation.DECODE], change=change)
+    write_toy(tmp_path, operations=["decode"], change=change)
 
     with pytest.raises(ServingError, match=rf"toy_decode/1/model\.onnx: .*{message}"):
         Service(tmp_path, grpc_port=0, metrics_port=0).start()
@@ -225,7 +224,7 @@ def test_an_output_that_breaks_the_configs_promise_is_no_success(tmp_path, write
     def taller(config):
         config.output[0].dims[1] = 3
 
-    write_toy(tmp_path, operations=[Operation.DECODE], change=taller, free_outputs=True)
+    write_toy(tmp_path, operations=["decode"], change=taller, free_outputs=True)
     message = r"output mean: shape is \[1, 1, 2, 2\], config\.pbtxt promises \[1, 1, 3, 2\]"
 
     with pytest.raises(ServingError, match=f"toy_decode does not answer: INTERNAL: .*{message}"):

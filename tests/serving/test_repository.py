@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from covae_core.contract import Operation
 from covae_serving.errors import ServingError
 from covae_serving.repository import read_repository
 
@@ -23,13 +22,13 @@ def served(repository: Path, *names: str, operations: tuple[str, ...] = ()) -> l
 
 
 def test_no_names_mean_every_operation_of_every_model(repository, write_toy):
-    write_toy(repository, "second", [Operation.DECODE])
+    write_toy(repository, "second", ["decode"])
 
     assert served(repository) == ["second_decode", "toy_decode", "toy_sample", "toy_score"]
 
 
 def test_names_and_operations_choose_a_part(repository, write_toy):
-    write_toy(repository, "second", [Operation.DECODE])
+    write_toy(repository, "second", ["decode"])
 
     assert served(repository, "toy") == ["toy_decode", "toy_sample", "toy_score"]
     assert served(repository, operations=("decode",)) == ["second_decode", "toy_decode"]

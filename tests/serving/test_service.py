@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as messages
 
-from covae_core.contract import ModelSpec, Operation
+from covae_core.contract import ModelSpec
+from covae_core.operations import OPERATIONS
 from covae_serving.errors import ServingError
 from covae_serving.installation import find_installation
 from covae_serving.regions import SHARED_MEMORY
@@ -45,8 +46,8 @@ def test_clients_read_the_contract_from_the_config(service, caller):
 
     spec = ModelSpec.from_parameters(parameters)
 
-    assert spec.latent_shape == (4,)
-    assert [output.name for output in spec.outputs(Operation.DECODE)] == ["mean", "variance"]
+    assert spec.latents == {"latent": (4,)}
+    assert [output.name for output in OPERATIONS["decode"].outputs(spec)] == ["mean", "variance"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ import pytest
 from tritonclient.grpc.service_pb2 import ModelConfigRequest
 
 from covae_client import Client
-from covae_core.contract import Operation
 from covae_serving.health import Timing
 from covae_serving.service import Service
 
@@ -170,7 +169,7 @@ def test_one_dead_instance_of_two_is_replaced(tmp_path, write_toy, serve, connec
     def two_instances(config):
         config.instance_group[0].count = 2
 
-    service = serve(write_toy(tmp_path, operations=[Operation.DECODE], change=two_instances))
+    service = serve(write_toy(tmp_path, operations=["decode"], change=two_instances))
     caller = connect(service.grpc_address)
     for number in (signal.SIGKILL, signal.SIGSTOP):
         caplog.clear()
@@ -247,7 +246,7 @@ def test_a_full_queue_is_no_fault_as_long_as_it_moves(tmp_path, write_toy, serve
         config.max_batch_size = 1
         config.dynamic_batching.default_queue_policy.max_queue_size = 1
 
-    repository = write_toy(tmp_path, operations=[Operation.SCORE], change=short_queue)
+    repository = write_toy(tmp_path, operations=["score"], change=short_queue)
     service = serve(repository, timing=Timing(probe_every_s=0.5, hang_s=2))
     caller = connect(service.grpc_address)
     before = own_stubs()

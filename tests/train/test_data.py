@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -240,20 +241,130 @@ def test_unequal_sizes_are_told_and_an_image_size_makes_them_equal(tmp_path):
     assert load_images(folder, image_size=(16, 10)).image_shape == (16, 10, 3)
 
 
-def test_colour_after_grey_is_told_and_channels_settle_it(tmp_path):
-    arrays = [*pictures(10, channels=1), *pictures(10, channels=3)]
+@pytest.mark.parametrize("colour_first", [False, True])
+def test_colour_and_grey_together_are_colour_whichever_comes_first(colour_first, tmp_path):
+    grey, colour = pictures(10, channels=1), pictures(10, channels=3)
+    arrays = [*colour, *grey] if colour_first else [*grey, *colour]
     names = [f"train/{index:03}.png" for index in range(20)]
-    folder = write_folder(tmp_path / "images", [*arrays, arrays[0]], [*names, "test/0.png"])
-    with pytest.raises(DataError, match=r"it has colour, the first image has none: give --channels"):
-        load_images(folder)
+    folder = write_folder(tmp_path / "images", [*arrays, grey[0]], [*names, "test/0.png"])
+    data = load_images(folder)
+    assert data.image_shape == (9, 12, 3)
+    expected = [array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=-1) for array in arrays]
+    assert wire_order(data.train) == sorted(array.tobytes() for array in expected)
+    assert data.held_out.shape == (1, 3, 9, 12)
     assert load_images(folder, channels=1).image_shape == (9, 12, 1)
-    assert load_images(folder, channels=3).image_shape == (9, 12, 3)
+
+
+def test_colour_in_the_test_images_alone_makes_the_set_colour(tmp_path):
+    arrays = [*pictures(4, channels=1), pictures(1, channels=3)[0]]
+    names = [*(f"train/{index}.png" for index in range(4)), "test/0.png"]
+    data = load_images(write_folder(tmp_path / "images", arrays, names))
+    assert data.train.shape == (4, 3, 9, 12)
+    assert data.held_out.shape == (1, 3, 9, 12)
+
+
+def test_no_class_folder_no_link_and_no_metadata_changes_what_is_read(tmp_path):
+    arrays = pictures(10)
+    names = [f"{'__b' if index < 3 else 'a'}/{index}.png" for index in range(8)]
+    folder = Path(write_folder(tmp_path / "images", arrays[:8], names))
+    write_folder(tmp_path / "elsewhere", arrays[8:9])
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    write_folder(tmp_path / "file", arrays[9:])
+    (folder / "a" / "linked.png").symlink_to(tmp_path / "file" / "000.png")
+    (folder / "metadata.csv").write_text("file_name,text\na/3.png,x\n")
+    data = load_images(str(folder))
+    assert wire_order(torch.cat([data.train, data.held_out])) == sorted(array.tobytes() for array in arrays)
+    assert data.notes == (f"{folder}: no images, so left out: 1 (metadata.csv)",)
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "val"), ("training", "Valid")])
+def test_splits_are_known_in_any_letters(train, test, tmp_path):
+    arrays = pictures(7)
+    names = [f"{train if index < 5 else test}/{index}.png" for index in range(7)]
+    data = load_images(write_folder(tmp_path / "images", [*arrays, arrays[0]], [*names, "other/0.png"]))
+    assert wire_order(data.train) == sorted(array.tobytes() for array in arrays[:5])
+    assert wire_order(data.held_out) == sorted(array.tobytes() for array in arrays[5:])
+    assert data.notes == (f"{tmp_path / 'images'}: beside the splits, so left out: 1 (other)",)
+
+
+def test_test_and_validation_images_are_kept_apart(tmp_path):
+    arrays = pictures(9)
+    places = ["train"] * 4 + ["test"] * 3 + ["val"] * 2
+    data = load_images(write_folder(tmp_path / "x", arrays, [f"{p}/{i}.png" for i, p in enumerate(places)]))
+    assert wire_order(data.held_out) == sorted(array.tobytes() for array in arrays[4:7])
+    assert wire_order(data.validation) == sorted(array.tobytes() for array in arrays[7:])
+
+
+@pytest.mark.parametrize("name", ["a[b]", "what?", "a::b", "a*"])
+def test_a_path_is_taken_as_it_stands(name, tmp_path):
+    arrays = pictures(4)
+    folder = write_folder(tmp_path / name, arrays)
+    write_folder(tmp_path / "ab", pictures(4, seed=1))
+    for data in (
+        load_images(folder),
+        load_images(write_table(tmp_path / f"{name}.parquet", image=list(map(encoded, arrays)))),
+    ):
+        assert wire_order(torch.cat([data.train, data.held_out])) == sorted(array.tobytes() for array in arrays)
+
+
+def test_a_parquet_file_that_was_replaced_is_read_again_whatever_its_time(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", pictures(4))
+    before, times = load_images(path), os.stat(path)
+    write_parquet(tmp_path / "x.parquet", pictures(4, seed=1))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load_images(path).digest != before.digest
+
+
+def encoded(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_table(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def test_the_column_of_images_is_the_one_of_that_name(tmp_path):
+    images, masks = pictures(4), pictures(4, seed=1)
+    cells = {"mask": [encoded(x) for x in masks], "image": [encoded(x) for x in images], "label": [0, 1, 2, 3]}
+    path = write_table(tmp_path / "x.parquet", **cells)
+    for column, wanted in ((None, images), ("image", images), ("mask", masks)):
+        data = load_images(path, column=column)
+        assert wire_order(torch.cat([data.train, data.held_out])) == sorted(array.tobytes() for array in wanted)
+    with pytest.raises(DataError, match=r"--column: found 'label'; .* has images in \['mask', 'image'\]"):
+        load_images(path, column="label")
+    other = write_table(tmp_path / "y.parquet", scan=cells["image"], mask=cells["mask"])
+    with pytest.raises(DataError, match="several columns of images, scan, mask; say which with --column"):
+        load_images(other)
+
+
+def test_columns_as_pyarrow_writes_them_are_read_and_null_images_are_told(tmp_path):
+    arrays = pictures(6)
+    content = [encoded(array) for array in arrays]
+    (tmp_path / "a.png").write_bytes(content[5])
+    structs = [{"bytes": None if index == 5 else one, "path": "a.png"} for index, one in enumerate(content)]
+    structs.insert(2, {"bytes": None, "path": None})
+    for name, cells in (("binary", [*content[:2], None, *content[2:]]), ("struct", structs)):
+        data = load_images(write_table(tmp_path / f"{name}.parquet", image=cells))
+        assert wire_order(torch.cat([data.train, data.held_out])) == sorted(array.tobytes() for array in arrays)
+        assert data.notes == (f"{tmp_path / name}.parquet: rows without an image, so left out: 1 (2)",)
+
+
+def test_a_limit_trains_on_the_first_images(tmp_path):
+    arrays = pictures(9)
+    names = [f"{'train' if index < 6 else 'test'}/{index}.png" for index in range(9)]
+    folder = write_folder(tmp_path / "images", arrays, names)
+    data = load_images(folder, limit=3)
+    assert wire_order(data.train) == sorted(array.tobytes() for array in arrays[:3])
+    assert (len(data.held_out), data.limit) == (3, 3)
 
 
 @pytest.mark.parametrize("size", [(7, 20), (20, 7), (257, 16), (16, 257)])
 def test_sizes_from_8_to_256_are_taken_and_others_told(size, tmp_path):
     folder = write_folder(tmp_path / "images", pictures(2, size=size))
-    with pytest.raises(DataError, match=rf"its size is {size[0]}x{size[1]}; expected 8 to 256 each way"):
+    with pytest.raises(DataError, match=rf"size is {size[0]}x{size[1]}; expected 8 to 256 each way"):
         load_images(folder)
     with pytest.raises(DataError, match="expected 8 to 256 each way"):
         load_images("digits", image_size=size)

@@ -7,15 +7,20 @@ import pytest
 import torch
 from torch import nn
 
+from covae_core.densities import DiagonalNormal, LowRankNormal
 from covae_core.errors import InvalidArgument
-from covae_train.densities import DiagonalNormal, LowRankNormal
-from covae_train.evaluation import evaluate, importance_bounds, lag1_autocorrelation, mean_error
+from covae_core.importance import importance_weights
+from covae_train.data import ImageData
 from covae_train.families import build_model
-from covae_train.image_model import DensityHead, ImageModel, Posterior
+from covae_train.image_model import DensityHead, ImageModel, Vae
+from covae_train.measures import Settings, find_measure
+from covae_train.measures.bound import importance_bounds
+from covae_train.measures.coherence import lag1_autocorrelation
+from covae_train.measures.reconstruction import mean_error
+from covae_train.posteriors import NormalPosterior
 from covae_train.run import TrainedRun, load_run
-from covae_train.scoring import in_float64, log_weights
 
-from .toys import tiny_config, trained
+from .toys import decoded, tiny_config, trained
 
 SHAPE = (1, 8, 8)
 
@@ -23,10 +28,8 @@ SHAPE = (1, 8, 8)
 class ConstantHead(DensityHead):
     """The same density whatever the latent is."""
 
-    mean_variance = 1.0
-
     def __init__(self, factor, variance):
-        super().__init__(1, 1)
+        super().__init__()
         self.factor, self.variance_value = factor, variance
 
     def density(self, features):
@@ -42,7 +45,7 @@ def run_of(model):
 
 
 def constant_run(factor, variance):
-    return run_of(ImageModel(nn.Identity(), nn.Identity(), ConstantHead(factor, variance), (4,)))
+    return run_of(Vae(nn.Linear(1, 1), nn.Identity(), ConstantHead(factor, variance), (4,)))
 
 
 def test_independent_pixels_have_no_autocorrelation():
@@ -72,24 +75,25 @@ class LinearGaussian(ImageModel):
     """x = A z + ½ + s ε with orthogonal columns of A: the exact posterior is diagonal and log p(x) is known."""
 
     def __init__(self, widened=1.0):
-        super().__init__(nn.Identity(), nn.Identity(), ConstantHead(None, 1.0), (4,))
+        super().__init__({"latent": (4,)})
+        self.register_buffer("one", torch.ones(1))
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(64, 4, generator=generator, dtype=torch.float64)).Q
         self.loadings = basis * torch.tensor([0.9, 0.6, 0.3, 0.1])
         self.noise, self.widened = 0.2, widened
 
-    def posterior(self, images):
+    encodes = True
+
+    def posteriors(self, images):
         precision = 1 + self.loadings.square().sum(0) / self.noise**2
         mean = (images.double().flatten(1) - 0.5) @ self.loadings / self.noise**2 / precision
         scale = precision.rsqrt().expand_as(mean) * self.widened
-        return Posterior(mean.to(images.dtype), scale.to(images.dtype))
+        return {"latent": NormalPosterior(mean.to(images.dtype), scale.to(images.dtype))}
 
-    def density(self, latent):
+    def density(self, latents, rows=None):
+        latent = latents["latent"]
         mean = 0.5 + latent @ self.loadings.to(latent.dtype).T
         return DiagonalNormal(mean.reshape(-1, *SHAPE), self.noise**2)
-
-    def mean_density(self, latent):
-        return self.density(latent)
 
     def log_prob(self, images):
         covariance = self.loadings @ self.loadings.T + self.noise**2 * torch.eye(64, dtype=torch.float64)
@@ -133,12 +137,12 @@ def test_log_weights_agree_with_a_dense_float64_oracle(family):
     model = build_model(tiny_config(family)).eval()
     nn.init.normal_((model.head.factor if family == "sos-vae" else model.head.variance).weight, std=0.05)
     images, noise = torch.rand(3, *SHAPE), torch.randn(3, 5, 4)
-    found = log_weights(model, images, noise)
+    found = importance_weights(model, images, {"latent": noise}).log_weight
     assert found.shape == (3, 5)
     assert found.dtype == torch.float64
-    posterior = model.posterior(images)
+    posterior = model.posteriors(images)["latent"]
     latent = posterior.mean[:, None] + posterior.scale[:, None] * noise
-    density = model.density(latent.flatten(0, 1))
+    density = decoded(model, latent.flatten(0, 1))
     for row in range(15):
         image, z = row // 5, latent.flatten(0, 1)[row].double()
         factor = density.factor[row].double().flatten(1) if family == "sos-vae" else torch.zeros(1, 64).double()
@@ -157,26 +161,31 @@ def test_log_weights_agree_with_a_dense_float64_oracle(family):
 @torch.no_grad()
 def test_a_density_in_float64_is_the_same_density():
     density = LowRankNormal(torch.rand(2, *SHAPE), torch.rand(2, 3, *SHAPE), 1e-5)
-    double = in_float64(density)
+    double = density.to(torch.float64)
     for name in ("mean", "factor", "variance"):
         assert getattr(double, name).dtype == torch.float64
         torch.testing.assert_close(getattr(double, name), getattr(density, name).double(), rtol=0, atol=0)
 
 
-def test_evaluation_reports_means_with_standard_errors_and_the_time_an_epoch_took(grey_images):
+def measured(name, run, images, **settings):
+    return find_measure(name).compute(run, ImageData("toy", images, images, flips=False), Settings(**settings))
+
+
+def test_measures_report_means_with_standard_errors_and_the_time_an_epoch_took(grey_images):
     run, ticks = run_of(LinearGaussian(widened=1.2)), []
-    found = evaluate(run, grey_images, 7, on_image=lambda: ticks.append(1))
+    found = measured("bound", run, grey_images, samples=7, on_image=lambda: ticks.append(1))
     bounds, elbos = importance_bounds(run, grey_images, 7)
-    assert (found.run_id, found.epochs, found.seconds_per_epoch) == ("toy", 2, 3.0)
-    assert (found.num_images, found.num_samples, len(ticks)) == (12, 7, 12)
-    assert found.log_likelihood_bound == pytest.approx(bounds.mean().item())
-    assert found.elbo == pytest.approx(elbos.mean().item())
-    assert found.standard_error == pytest.approx(bounds.std().item() / 12**0.5)
+    assert len(ticks) == 12
+    bound = found["log-likelihood bound, K = 7"]
+    assert bound.value == pytest.approx(bounds.mean().item())
+    assert bound.standard_error == pytest.approx(bounds.std().item() / 12**0.5)
+    assert found["ELBO"].value == pytest.approx(elbos.mean().item())
+    assert measured("training-time", run, grey_images)["seconds per epoch"].value == 3.0
 
 
 def test_the_means_error_is_that_of_its_pixels(few_digits):
     run = run_of(LinearGaussian())
-    run.model.mean_density = lambda latent: DiagonalNormal(torch.zeros(len(latent), *SHAPE), 1.0)
+    run.model.density = lambda latents, rows: DiagonalNormal(torch.zeros(len(latents["latent"]), *SHAPE), 1.0)
     pixels = few_digits.held_out.double() / 255
     rmse, bias = mean_error(run, few_digits.held_out)
     assert rmse == pytest.approx(pixels.square().mean().item() ** 0.5)
@@ -185,7 +194,7 @@ def test_the_means_error_is_that_of_its_pixels(few_digits):
 
 def test_one_image_has_no_standard_error(grey_images):
     with pytest.raises(InvalidArgument, match="found 1 held-out image"):
-        evaluate(run_of(LinearGaussian()), grey_images[:1], 7)
+        measured("bound", run_of(LinearGaussian()), grey_images[:1], samples=7)
 
 
 def test_held_out_images_are_never_mirrored(few_digits, tmp_path):

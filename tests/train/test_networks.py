@@ -5,9 +5,9 @@ import torch
 
 from covae_train.families import build_model
 from covae_train.families.sos_vae import LowRankHead
-from covae_train.networks import Decoder, Encoder, level_sizes
+from covae_train.networks.residual import Decoder, Encoder, level_sizes
 
-from .toys import tiny_config
+from .toys import decoded, mean_density, tiny_config
 
 SIZES = [(8, 8), (9, 13), (28, 28), (31, 64), (64, 64), (8, 256), (256, 256)]
 PAPER_WIDTHS, PAPER_LATENT, PAPER_RANK = (64, 128, 256, 512), 128, 25
@@ -56,21 +56,21 @@ def test_every_size_gives_a_density_of_the_images_shape(size, channels, family):
     rank = {"rank": 2} if family == "sos-vae" else {}
     config = tiny_config(family, image_shape=(*size, channels), widths=widths, latent_size=5, **rank)
     model = build_model(config).eval()
-    posterior = model.posterior(torch.rand(2, channels, *size))
+    posterior = model.posteriors(torch.rand(2, channels, *size))["latent"]
     assert posterior.mean.shape == posterior.scale.shape == (2, 5)
-    density = model.density(posterior.draw(torch.randn(2, 5)))
+    density = decoded(model, posterior.draw(torch.randn(2, 5)))
     assert density.mean.shape == (2, channels, *size)
     assert density.marginal_variance().shape == (2, channels, *size)
     if family == "sos-vae":
         assert density.factor.shape == (2, 2, channels, *size)
-    assert model.mean_density(posterior.mean).mean.shape == (2, channels, *size)
+    assert mean_density(model, posterior.mean).mean.shape == (2, channels, *size)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 6])
 @torch.no_grad()
 def test_more_levels_than_the_image_can_be_halved_still_fit(levels):
     model = build_model(tiny_config(widths=(3,) * levels, image_shape=(9, 8, 1), rank=1)).eval()
-    assert model.density(model.posterior(torch.rand(2, 1, 9, 8)).mean).mean.shape == (2, 1, 9, 8)
+    assert decoded(model, model.posteriors(torch.rand(2, 1, 9, 8))["latent"].mean).mean.shape == (2, 1, 9, 8)
 
 
 @pytest.mark.parametrize("family", ["sos-vae", "beta-vae"])
@@ -78,10 +78,10 @@ def test_more_levels_than_the_image_can_be_halved_still_fit(levels):
 def test_a_new_model_is_mid_grey_with_next_to_no_spread(family):
     torch.manual_seed(0)
     config = tiny_config(family, image_shape=(16, 16, 3), widths=(16, 32))
-    density = build_model(config).eval().density(torch.randn(8, 4))
+    density = decoded(build_model(config).eval(), torch.randn(8, 4))
     # Weights of 1e-5 on 16 features that are about 1.
     torch.testing.assert_close(density.mean, torch.full_like(density.mean, 0.5), atol=2e-3, rtol=0)
-    expected = config.variance if family == "sos-vae" else 2 * config.variance
+    expected = config.options.variance if family == "sos-vae" else 2 * config.options.variance
     spread = density.marginal_variance()
     torch.testing.assert_close(spread, torch.full_like(spread, expected), atol=1e-6, rtol=0.02)
     if family == "sos-vae":
@@ -93,7 +93,7 @@ def test_a_new_model_is_mid_grey_with_next_to_no_spread(family):
 def test_the_mean_only_density_has_the_full_ones_mean_and_first_variance(family):
     model = build_model(tiny_config(family)).eval()
     latent = torch.randn(3, 4)
-    full, mean_only = model.density(latent), model.mean_density(latent)
+    full, mean_only = decoded(model, latent), mean_density(model, latent)
     torch.testing.assert_close(mean_only.mean, full.mean, rtol=0, atol=0)
     torch.testing.assert_close(mean_only.marginal_variance(), full.marginal_variance(), rtol=0.02, atol=1e-6)
 
@@ -104,10 +104,10 @@ def test_the_latents_variance_is_softplus_plus_1e_5():
     encoder = Encoder(1, (4, 8), 6).eval()
     raw = []
     encoder.variance.register_forward_hook(lambda module, given, result: raw.append(result.flatten(1)))
-    _, scale = encoder(torch.rand(5, 1, 8, 8))
+    scale = encoder(torch.rand(5, 1, 8, 8)).scale
     torch.testing.assert_close(scale.square(), torch.nn.functional.softplus(raw[0]) + 1e-5)
     torch.nn.init.constant_(encoder.variance.bias, -200.0)
-    _, smallest = encoder(torch.rand(5, 1, 8, 8))
+    smallest = encoder(torch.rand(5, 1, 8, 8)).scale
     torch.testing.assert_close(smallest, torch.full_like(smallest, 1e-5**0.5))
 
 
@@ -117,9 +117,9 @@ def test_a_row_does_not_depend_on_the_others_at_inference():
     model = build_model(tiny_config()).eval()
     images, latent = torch.rand(5, 1, 8, 8), torch.randn(5, 4)
     for row in range(5):
-        alone = model.posterior(images[row : row + 1])
-        torch.testing.assert_close(alone.mean[0], model.posterior(images).mean[row])
-        torch.testing.assert_close(model.density(latent[row : row + 1]).factor[0], model.density(latent).factor[row])
+        alone = model.posteriors(images[row : row + 1])["latent"]
+        torch.testing.assert_close(alone.mean[0], model.posteriors(images)["latent"].mean[row])
+        torch.testing.assert_close(decoded(model, latent[row : row + 1]).factor[0], decoded(model, latent).factor[row])
 
 
 @torch.no_grad()

@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from covae_train.families import build_model
-from covae_train.objective import BoundTerms, Multipliers, bound_terms
+from covae_train.objective import Multipliers, Terms
 
-from .toys import tiny_config
+from .toys import bound_terms, decoded, kl_and_entropy, tiny_config
+
+
+def terms_of(log_prob, kl, entropy):
+    """Terms whose objective is the likelihood alone, as SOS-VAE's."""
+    return Terms(-log_prob.mean(), log_prob, kl, entropy)
+
 
 RELEASED_BATCH, RELEASED_DAMPING, RELEASED_STEP = 25, 10.0, 1.0
 
@@ -25,12 +31,12 @@ def descend_and_ascend(multipliers, model, dual, terms):
 
 def test_two_steps_worked_by_hand():
     theta = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-    multipliers = Multipliers({"kl": 2.0}, damping=250.0).double()
+    multipliers = Multipliers(kl_and_entropy(kl=2.0), damping=250.0).double()
     model = torch.optim.SGD([theta], lr=1e-3)
     dual = torch.optim.SGD(multipliers.parameters(), lr=25.0, maximize=True)
 
     def terms():
-        return BoundTerms(-theta.square().expand(2), theta * torch.tensor([1.0, 3.0]).double(), torch.zeros(2))
+        return terms_of(-theta.square().expand(2), theta * torch.tensor([1.0, 3.0]).double(), torch.zeros(2))
 
     # KL: mean 2θ = 4, violation 2; loss 4 + 0·2 + 125·4; slope 2θ + (0 + 250·2)·2 = 1004; λ = 25·2.
     assert descend_and_ascend(multipliers, model, dual, terms()) == pytest.approx(504.0)
@@ -51,7 +57,7 @@ class Toy(torch.nn.Module):
 
     def forward(self, x):
         a, b = self.theta
-        return BoundTerms(-(x - a).square() - b.exp(), (a * x).square() + b.square(), b + torch.sin(a + x))
+        return terms_of(-(x - a).square() - b.exp(), (a * x).square() + b.square(), b + torch.sin(a + x))
 
 
 def released_loss(terms, targets, lagrange):
@@ -68,7 +74,7 @@ def test_the_gradient_is_the_released_codes_divided_by_its_batch():
     targets = {"kl": 1.3, "entropy": 0.4}
     x = torch.linspace(-1, 2, RELEASED_BATCH, dtype=torch.float64)
     ours, theirs = Toy(), Toy()
-    multipliers = Multipliers(targets, RELEASED_DAMPING * RELEASED_BATCH).double()
+    multipliers = Multipliers(kl_and_entropy(**targets), RELEASED_DAMPING * RELEASED_BATCH).double()
     with torch.no_grad():
         multipliers.values["kl"].fill_(17.0)
         multipliers.values["entropy"].fill_(3.5)
@@ -81,7 +87,7 @@ def test_the_multipliers_are_the_released_codes_after_many_steps():
     targets = {"kl": 0.4, "entropy": -0.6}
     x = torch.linspace(-1, 2, RELEASED_BATCH, dtype=torch.float64)
     ours, theirs, rate = Toy(), Toy(), 1e-6
-    multipliers = Multipliers(targets, RELEASED_DAMPING * RELEASED_BATCH).double()
+    multipliers = Multipliers(kl_and_entropy(**targets), RELEASED_DAMPING * RELEASED_BATCH).double()
     model = torch.optim.SGD(ours.parameters(), lr=rate * RELEASED_BATCH)
     dual = torch.optim.SGD(multipliers.parameters(), lr=RELEASED_STEP * RELEASED_BATCH, maximize=True)
     lagrange = dict.fromkeys(targets, 0.0)
@@ -103,7 +109,7 @@ def test_a_batch_of_every_image_twice_gives_the_same_objective_and_gradients():
     x = torch.linspace(-1, 2, 7, dtype=torch.float64)
     found = []
     for batch in (x, torch.cat([x, x])):
-        toy, multipliers = Toy(), Multipliers({"kl": 1.3, "entropy": 0.4}, 250.0).double()
+        toy, multipliers = Toy(), Multipliers(kl_and_entropy(kl=1.3, entropy=0.4), 250.0).double()
         loss = multipliers.lagrangian(toy(batch))
         loss.backward()
         slopes = [multipliers.values[name].grad for name in ("kl", "entropy")]
@@ -113,11 +119,11 @@ def test_a_batch_of_every_image_twice_gives_the_same_objective_and_gradients():
 
 def test_a_term_without_gradient_leaves_its_multiplier_alone():
     theta = torch.nn.Parameter(torch.tensor(2.0))
-    multipliers = Multipliers({"kl": 1.0, "entropy": -100.0}, damping=250.0)
+    multipliers = Multipliers(kl_and_entropy(kl=1.0, entropy=-100.0), damping=250.0)
     with torch.no_grad():
         multipliers.values["entropy"].fill_(5.0)
     dual = torch.optim.SGD(multipliers.parameters(), lr=25.0, maximize=True)
-    terms = BoundTerms(-theta.expand(3), theta.expand(3), torch.full((3,), 40.0))
+    terms = terms_of(-theta.expand(3), theta.expand(3), torch.full((3,), 40.0))
     multipliers.lagrangian(terms).backward()
     dual.step()
     assert multipliers.values["entropy"].grad is None
@@ -127,11 +133,11 @@ def test_a_term_without_gradient_leaves_its_multiplier_alone():
 
 def test_multipliers_never_fall_below_zero():
     theta = torch.nn.Parameter(torch.tensor(0.5))
-    multipliers = Multipliers({"kl": 10.0}, damping=250.0)
+    multipliers = Multipliers(kl_and_entropy(kl=10.0), damping=250.0)
     dual = torch.optim.SGD(multipliers.parameters(), lr=25.0, maximize=True)
     model = torch.optim.SGD([theta], lr=1e-6)
     for _ in range(3):
-        descend_and_ascend(multipliers, model, dual, BoundTerms(-theta.expand(2), theta.expand(2), theta.expand(2)))
+        descend_and_ascend(multipliers, model, dual, terms_of(-theta.expand(2), theta.expand(2), theta.expand(2)))
         assert multipliers.values["kl"].item() == 0.0
 
 
@@ -142,8 +148,8 @@ def test_the_terms_are_those_of_the_evidence_lower_bound(family):
     images, noise = torch.rand(3, 1, 8, 8), torch.randn(3, 4)
     with torch.no_grad():
         terms = bound_terms(model, images, noise)
-        posterior = model.posterior(images)
-        density = model.density(posterior.mean + posterior.scale * noise)
+        posterior = model.posteriors(images)["latent"]
+        density = decoded(model, posterior.mean + posterior.scale * noise)
         normal = torch.distributions.Normal(posterior.mean, posterior.scale)
         kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(1)
     torch.testing.assert_close(terms.kl, kl)
@@ -157,7 +163,7 @@ def test_while_only_the_mean_is_trained_the_entropy_is_constant_and_the_spread_g
     model = build_model(tiny_config(family))
     terms = bound_terms(model, torch.rand(4, 1, 8, 8), torch.randn(4, 4), mean_only=True)
     assert not terms.entropy.requires_grad
-    Multipliers({"kl": 1.0, "entropy": 0.0}, 250.0).lagrangian(terms).backward()
+    Multipliers(kl_and_entropy(kl=1.0, entropy=0.0), 250.0).lagrangian(terms).backward()
     spread = model.head.factor if family == "sos-vae" else model.head.variance
     assert all(parameter.grad is None for parameter in spread.parameters())
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
@@ -167,19 +173,18 @@ def test_while_only_the_mean_is_trained_the_entropy_is_constant_and_the_spread_g
 def test_a_share_of_the_first_phases_loss_holds_the_mean_and_leaves_the_bound_alone():
     torch.manual_seed(0)
     share = 0.25
-    free, held = (build_model(tiny_config("sos-vae", mean_share=value)) for value in (0.0, share))
-    held.load_state_dict(free.state_dict())
+    model = build_model(tiny_config("sos-vae"))
     images, noise = torch.rand(3, 1, 8, 8), torch.randn(3, 4)
-    before, terms = bound_terms(free, images, noise), bound_terms(held, images, noise)
+    before, terms = bound_terms(model, images, noise), bound_terms(model, images, noise, mean_share=share)
     torch.testing.assert_close(terms.bound, before.bound)
-    mean = held.density(held.posterior(images).draw(noise)).mean
-    normal = torch.distributions.Normal(mean, held.head.mean_variance**0.5)
+    mean = decoded(model, model.posteriors(images)["latent"].draw(noise)).mean
+    normal = torch.distributions.Normal(mean, model.head.mean_variance**0.5)
     expected = share * normal.log_prob(images).sum(dim=(1, 2, 3))
-    torch.testing.assert_close(terms.mean_hold, expected.double())
-    multipliers = Multipliers({"kl": 1.0}, 250.0)
-    loss, loss_before = multipliers.lagrangian(terms), multipliers.lagrangian(before)
-    torch.testing.assert_close(loss, loss_before - expected.double().mean())
-    loss.backward()
-    assert held.head.factor.weight.grad is not None
-    # In the first phase it is the whole loss already.
-    assert bound_terms(held, images, noise, mean_only=True).mean_hold == 0
+    torch.testing.assert_close(terms.objective, before.objective - expected.double().mean())
+    Multipliers(kl_and_entropy(kl=1.0), 250.0).lagrangian(terms).backward()
+    assert model.head.factor.weight.grad is not None
+
+
+def test_without_constraints_the_lagrangian_is_the_objective():
+    terms = terms_of(torch.ones(3), torch.ones(3), torch.ones(3))
+    assert Multipliers([], 0.0).lagrangian(terms) is terms.objective

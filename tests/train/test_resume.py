@@ -37,7 +37,7 @@ def uninterrupted(few_digits, tmp_path_factory):
     """Runs by family, to the end in one go: 36 steps, the first twelve of them for the mean alone."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     for family in ("sos-vae", "beta-vae"):
-        trained(tiny_config(family, flips=True, checkpoint_steps=6), few_digits, folder / family)
+        trained(tiny_config(family, flips=True), few_digits, folder / family, checkpoint_steps=6)
     return folder
 
 
@@ -49,29 +49,29 @@ def uninterrupted(few_digits, tmp_path_factory):
          "last step", "again and again"],
 )  # fmt: skip
 def test_a_resumed_run_equals_one_that_was_never_interrupted(steps, family, uninterrupted, few_digits, tmp_path):
-    config = tiny_config(family, flips=True, checkpoint_steps=6)
+    config = tiny_config(family, flips=True)
     for step in steps:
         with pytest.raises(Crash):
-            Trainer(config, few_digits, tmp_path / "run").fit(crash_at(step))
-    resumed = Trainer(config, few_digits, tmp_path / "run")
+            Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=6).fit(crash_at(step))
+    resumed = Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=6)
     assert resumed.step == steps[-1] // 6 * 6
     resumed.fit()
     assert_same_run(tmp_path / "run", uninterrupted / family)
 
 
 def test_how_often_checkpoints_are_written_changes_nothing(uninterrupted, few_digits, tmp_path):
-    trained(tiny_config(flips=True, checkpoint_steps=1), few_digits, tmp_path / "run")
+    trained(tiny_config(flips=True), few_digits, tmp_path / "run", checkpoint_steps=1)
     ours, theirs = load_checkpoint(tmp_path / "run"), load_checkpoint(uninterrupted / "sos-vae")
     for name, tensor in theirs.tensors.items():
         assert torch.equal(ours.tensors[name], tensor), name
 
 
 def test_seconds_go_on_from_where_a_run_stopped(few_digits, tmp_path):
-    config = tiny_config(checkpoint_steps=6)
+    config = tiny_config()
     with pytest.raises(Crash):
-        Trainer(config, few_digits, tmp_path / "run").fit(crash_at(30))
+        Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=6).fit(crash_at(30))
     before = load_checkpoint(tmp_path / "run").state["seconds"]
-    resumed = trained(config, few_digits, tmp_path / "run")
+    resumed = trained(config, few_digits, tmp_path / "run", checkpoint_steps=6)
     assert resumed.seconds > before > 0
     seconds = [row["seconds"] for row in read_metrics(tmp_path / "run" / "metrics.csv")]
     assert seconds == sorted(seconds)
@@ -94,7 +94,7 @@ def test_training_a_finished_run_again_does_nothing(few_digits, tmp_path):
     [
         ({"learning_rate": 3e-4}, r"learning_rate = 0\.001 \(asked for: 0\.0003\)"),
         ({"rank": 2}, r"rank = 3 \(asked for: 2\)"),
-        ({"epochs": 4, "seed": 1}, r"epochs = 3 \(asked for: 4\), seed = 0 \(asked for: 1\)"),
+        ({"epochs": 4, "seed": 1}, r"seed = 0 \(asked for: 1\), epochs = 3 \(asked for: 4\)"),
         ({"widths": (8, 8)}, r"widths = \(8, 16\) \(asked for: \(8, 8\)\)"),
     ],
 )
@@ -102,6 +102,38 @@ def test_another_configuration_in_the_same_folder_is_told_with_its_differences(c
     Trainer(tiny_config(), few_digits, tmp_path / "run")
     with pytest.raises(CheckpointError, match=rf"run: it holds a run with {words}; choose another --run"):
         Trainer(tiny_config(**change), few_digits, tmp_path / "run")
+
+
+def test_a_run_from_before_the_options_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"family": "sos-vae", "rank": 3}')
+    with pytest.raises(CheckpointError, match=r"it has no options: a version of Covae before 0\.2 began this run"):
+        load_config(tmp_path)
+
+
+def test_more_epochs_continue_a_run_and_its_phases_are_kept(few_digits, tmp_path):
+    trained(tiny_config(flips=True), few_digits, tmp_path / "run")
+    longer = Trainer(tiny_config(flips=True, epochs=5), few_digits, tmp_path / "run")
+    assert (longer.step, longer.total_steps, longer.extended_from, longer.finished) == (36, 60, 3, False)
+    assert load_config(tmp_path / "run").options.epochs == 5
+    longer.fit()
+    trained(tiny_config(flips=True, epochs=5), few_digits, tmp_path / "whole")
+    ours, theirs = (load_checkpoint(tmp_path / name) for name in ("run", "whole"))
+    assert {**ours.state, "seconds": 0} == {**theirs.state, "seconds": 0}
+    assert all(torch.equal(ours.tensors[name], tensor) for name, tensor in theirs.tensors.items())
+
+
+@pytest.mark.parametrize("change", [{"epochs": 2}, {"epochs": 5, "mean_epochs": 2}, {"epochs": 5, "rank": 2}])
+def test_fewer_epochs_or_another_first_phase_do_not_continue_a_run(change, few_digits, tmp_path):
+    trained(tiny_config(), few_digits, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"it holds a run with .*; choose another --run"):
+        Trainer(tiny_config(**change), few_digits, tmp_path / "run")
+    assert load_config(tmp_path / "run").options.epochs == 3
+
+
+def test_threads_are_no_part_of_a_run(few_digits, tmp_path):
+    Trainer(tiny_config(), few_digits, tmp_path / "run", threads=1).save()
+    assert Trainer(tiny_config(), few_digits, tmp_path / "run", threads=2).step == 0
+    assert "threads" not in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_another_family_in_the_same_folder_is_told(few_digits, tmp_path):
@@ -146,7 +178,10 @@ def test_a_checkpoint_of_another_network_is_told(few_digits, tmp_path):
         Trainer(tiny_config(), few_digits, tmp_path / "run")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"family": "gan"}', '{"family": "sos-vae"}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"options": {}}', '{"family": "gan", "options": {}}', '{"family": "sos-vae", "options": {}}'],
+)
 def test_a_damaged_configuration_is_told(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json: the configuration is damaged"):
@@ -161,21 +196,21 @@ def test_an_empty_folder_holds_no_run(tmp_path):
 
 
 def test_a_draft_that_a_crash_left_behind_is_ignored(uninterrupted, few_digits, tmp_path):
-    config = tiny_config(flips=True, checkpoint_steps=6)
+    config = tiny_config(flips=True)
     with pytest.raises(Crash):
-        Trainer(config, few_digits, tmp_path / "run").fit(crash_at(20))
+        Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=6).fit(crash_at(20))
     (tmp_path / "run" / "checkpoint.draft").write_bytes(b"half a checkpoint")
-    trained(config, few_digits, tmp_path / "run")
+    trained(config, few_digits, tmp_path / "run", checkpoint_steps=6)
     assert_same_run(tmp_path / "run", uninterrupted / "sos-vae")
 
 
 def test_a_record_that_a_crash_cut_short_is_left_out(uninterrupted, few_digits, tmp_path):
-    config = tiny_config(flips=True, checkpoint_steps=6)
+    config = tiny_config(flips=True)
     with pytest.raises(Crash):
-        Trainer(config, few_digits, tmp_path / "run").fit(crash_at(20))
+        Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=6).fit(crash_at(20))
     with (tmp_path / "run" / "metrics.csv").open("a") as file:
         file.write("30.0,2.0,0.0,1.5,-1")
-    trained(config, few_digits, tmp_path / "run")
+    trained(config, few_digits, tmp_path / "run", checkpoint_steps=6)
     assert_same_run(tmp_path / "run", uninterrupted / "sos-vae")
 
 

@@ -7,12 +7,11 @@ import torch
 
 from covae_train.data import ImageData
 from covae_train.errors import CheckpointError, DataError, TrainingError
-from covae_train.objective import bound_terms
 from covae_train.records import read_metrics
 from covae_train.run import load_checkpoint, load_run
 from covae_train.training import Trainer
 
-from .toys import Crash, crash_at, tiny_config, trained
+from .toys import Crash, bound_terms, crash_at, targets, tiny_config, trained
 
 FAMILIES = ["sos-vae", "beta-vae"]
 # Densities tell of a factor without a Cholesky factor with a number out of a tensor that has a gradient.
@@ -64,14 +63,14 @@ def test_each_phase_has_its_learning_rate_and_the_second_begins_with_its_epoch(f
     config = tiny_config(mean_learning_rate=3e-3, learning_rate=2e-4)
     trainer = Trainer(config, few_digits, tmp_path / "run")
     seen = []
-    trainer.fit(lambda report: seen.append((report.epoch, report.mean_only, trainer.adam.param_groups[0]["lr"])))
+    trainer.fit(lambda report: seen.append((report.epoch, report.phase == "mean", trainer.adam.param_groups[0]["lr"])))
     assert seen == [(0, True, 3e-3)] * 12 + [(1, False, 2e-4)] * 12 + [(2, False, 2e-4)] * 12
 
 
 def test_without_a_first_phase_everything_is_trained_from_the_first_step(few_digits, tmp_path):
     trainer = Trainer(tiny_config(mean_epochs=0, epochs=1), few_digits, tmp_path / "run")
     seen = []
-    trainer.fit(lambda report: seen.append(report.mean_only))
+    trainer.fit(lambda report: seen.append(report.phase == "mean"))
     assert seen == [False] * 12
     assert int(trainer.adam.state[spread(trainer.model).weight]["step"]) == 12
 
@@ -104,8 +103,8 @@ def test_seeds_decide_the_run(few_digits, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reports_are_the_terms_per_image_before_the_step(family, few_digits, tmp_path):
-    config = tiny_config(family, batch_size=48, epochs=2, checkpoint_steps=1)
-    trainer = Trainer(config, few_digits, tmp_path / "run")
+    config = tiny_config(family, batch_size=48, epochs=2)
+    trainer = Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=1)
     noise = torch.randn(48, 4, generator=torch.Generator().manual_seed(config.seed))
     order = torch.randperm(48, generator=torch.Generator().manual_seed(config.seed * 1_000_003))
     with torch.no_grad():
@@ -115,7 +114,7 @@ def test_reports_are_the_terms_per_image_before_the_step(family, few_digits, tmp
     found = reports[0]
     for name in ("bound", "log_prob", "kl", "entropy"):
         assert getattr(found, name) == pytest.approx(getattr(before, name).double().mean().item(), rel=1e-5)
-    assert (found.step, found.epoch, found.mean_only) == (1, 0, True)
+    assert (found.step, found.epoch, found.phase) == (1, 0, "mean")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,15 +123,16 @@ def test_the_csv_file_and_the_tensorboard_files_hold_the_same(family, few_digits
         warnings.simplefilter("ignore")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = tiny_config(family, checkpoint_steps=20)
+    config = tiny_config(family)
     with pytest.raises(Crash):
-        Trainer(config, few_digits, tmp_path / "run").fit(crash_at(31))
-    trained(config, few_digits, tmp_path / "run")
+        Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=20).fit(crash_at(31))
+    trained(config, few_digits, tmp_path / "run", checkpoint_steps=20)
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert [row["step"] for row in rows] == [10, 20, 30, 36]
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
     assert set(board.Tags()["scalars"]) == set(rows[0])
+    assert {row["phase"] for row in rows} == {0.0, 1.0}
     multipliers = {"multiplier_kl", "multiplier_entropy"} if family == "sos-vae" else {"multiplier_kl"}
     assert {name for name in rows[0] if name.startswith("multiplier")} == multipliers
     for name in rows[0]:
@@ -145,14 +145,14 @@ def test_the_csv_file_and_the_tensorboard_files_hold_the_same(family, few_digits
 @ignore_conversion
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_checkpoint(family, few_digits, tmp_path):
-    config = tiny_config(family, learning_rate=1e20, checkpoint_steps=12)
-    trainer = Trainer(config, few_digits, tmp_path / "run")
+    config = tiny_config(family, learning_rate=1e20)
+    trainer = Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=12)
     with pytest.raises(TrainingError, match=r"^step 13 \(epoch 1\): .*the checkpoint of step 12 stays in .*run\. Try"):
         trainer.fit()
     checkpoint = load_checkpoint(tmp_path / "run")
     assert checkpoint.state["step"] == 12
     assert all(bool(value.isfinite().all()) for value in checkpoint.part("model").values())
-    assert Trainer(config, few_digits, tmp_path / "run").step == 12
+    assert Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=12).step == 12
 
 
 @ignore_conversion
@@ -191,14 +191,14 @@ def test_a_file_in_the_runs_place_is_told(few_digits, tmp_path):
 
 
 def test_a_run_in_its_mean_only_phase_cannot_be_used_until_its_first_full_step(few_digits, tmp_path):
-    config = tiny_config(checkpoint_steps=1)
+    config = tiny_config()
     for step in (5, 12):
         with pytest.raises(Crash):
-            Trainer(config, few_digits, tmp_path / "run").fit(crash_at(step))
-        with pytest.raises(CheckpointError, match="still in its mean-only phase; resume it with `covae train`"):
+            Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=1).fit(crash_at(step))
+        with pytest.raises(CheckpointError, match="still in its phase 'mean'; resume it with `covae train`"):
             load_run(tmp_path / "run")
     with pytest.raises(Crash):
-        Trainer(config, few_digits, tmp_path / "run").fit(crash_at(13))
+        Trainer(config, few_digits, tmp_path / "run", checkpoint_steps=1).fit(crash_at(13))
     assert load_run(tmp_path / "run").state["step"] == 13
 
 
@@ -227,4 +227,4 @@ def test_the_constraints_reach_their_targets_on_digits(family, digits, tmp_path)
     assert mean["kl"] == pytest.approx(6.0, abs=0.3)
     assert reports[-1].multipliers["kl"] > 0
     if family == "sos-vae":
-        assert mean["entropy"] == pytest.approx(trainer.multipliers.targets["entropy"], abs=0.5)
+        assert mean["entropy"] == pytest.approx(targets(config)["entropy"], abs=0.5)

@@ -3,25 +3,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+import os
 from functools import partial
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from covae_core.errors import InvalidArgument
 from covae_train.threads import use_threads
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from rich.console import Console
+
     from covae_train.config import RunConfig
     from covae_train.data import ImageData
+    from covae_train.families import Family
     from covae_train.training import Trainer
 
+# Fewer training images than this teach a model next to nothing.
+FEW_IMAGES = 100
+# Above this side training uses all cores; below, threads that wait for each other cost more than they do.
+ONE_THREAD_SIDE = 32
+# After so many steps the time that is left can be told.
+TIMED_STEPS = 20
 
-def train(
-    family: Annotated[str, typer.Argument(help="sos-vae or beta-vae")],
+
+class FamilyGroup(TyperGroup):
+    """A command for each family, made from its options; the families are imported when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The families' names."""
+        from covae_train.families import families
+
+        return list(families())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command that trains a family; names the families if there is none of that name."""
+        from covae_train.families import find_family
+
+        return family_command(find_family(cmd_name))
+
+
+train = typer.Typer(
+    cls=FamilyGroup,
+    help="Train a model on images; an interrupted run resumes where it stopped.",
+    no_args_is_help=True,
+    add_completion=False,
+    subcommand_metavar="FAMILY --data DATA [OPTIONS]",
+)
+
+
+@train.callback()
+def _train() -> None:
+    """Train a model on images; an interrupted run resumes where it stopped.
+
+    `covae train FAMILY --help` shows a family's options. A run that has ended goes on if more epochs are asked for.
+    """
+
+
+def _common(
+    *,
     data: Annotated[
         str,
         typer.Option(
@@ -32,63 +77,128 @@ def train(
         Path | None, typer.Option(help="folder of the run; a run found there is resumed  [runs/DATA-FAMILY]")
     ] = None,
     image_size: Annotated[
-        str | None, typer.Option(help="N or HxW, 8 to 256: cut and resize every image to this size")
+        str | None, typer.Option(help="N or HxW, 8 to 256: cut and resize every image to this size  [the data's]")
     ] = None,
     channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB  [the data's]")] = None,
-    epochs: Annotated[int | None, typer.Option(help="passes over the training images, both phases together")] = None,
-    mean_epochs: Annotated[
-        int | None, typer.Option(help="passes of the first phase, which trains the mean alone  [half]")
+    column: Annotated[
+        str | None, typer.Option(help="the column of images, where a data set has several  [image, img or the first]")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="images per step; the objective is per image")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Adam's, while everything is trained")] = None,
-    mean_learning_rate: Annotated[float | None, typer.Option(help="Adam's, while only the mean is trained")] = None,
-    widths: Annotated[str | None, typer.Option(help="feature maps per level, as 64,128,256,512")] = None,
-    latent_size: Annotated[int | None, typer.Option(help="length of the latent")] = None,
-    rank: Annotated[int | None, typer.Option(help="R, columns of the factor (sos-vae)")] = None,
-    variance: Annotated[
-        float | None, typer.Option(help="D: a pixel's independent variance (sos-vae), or its least")
-    ] = None,
-    target_kl: Annotated[float | None, typer.Option(help="ξ_KL, nats per image")] = None,
-    kappa: Annotated[
-        float | None, typer.Option(help="entropy target above its floor, nats per column of the factor (sos-vae)")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="train on the first so many images  [all]")] = None,
     flips: Annotated[
         bool | None, typer.Option(help="mirror training images  [where the data set makes sense of it]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of weights, order and noise")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE, any other field of the configuration")
+    seed: Annotated[int | None, typer.Option(help="of weights, order and noise, 0 to 2³¹ − 1  [0]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; the result is the same  [1 up to 32x32, then all]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads  [1 up to 32x32, then all]")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
+    checkpoint_steps: Annotated[int, typer.Option(min=1, help="steps between two checkpoints")] = 500,
 ) -> None:
-    """Train a model on images; an interrupted run resumes where it stopped."""
+    """The options that every family has; their declarations are copied into each family's command."""
+
+
+def family_command(family: Family) -> Any:
+    """`covae train NAME`: the options that all families have, then the family's own."""
+    import inspect
+    from typing import get_type_hints
+
+    hints = get_type_hints(_common, include_extras=True)
+    common = [
+        parameter.replace(annotation=hints[name]) for name, parameter in inspect.signature(_common).parameters.items()
+    ]
+    own = [_option(family, name, field) for name, field in family.options.model_fields.items()]
+
+    def command(**given: Any) -> None:
+        options = {field: given.pop(field) for field in family.options.model_fields}
+        chosen = {name: _split(value, family.options.model_fields[name]) for name, value in options.items()}
+        run_training(family.name, {name: value for name, value in chosen.items() if value is not None}, **given)
+
+    command.__doc__ = f"{family.summary[:1].upper()}{family.summary[1:]}."
+    command.__signature__ = Signature([*common, *own])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*common, *own]}
+    # In markdown, unlike in rich's own markup, brackets stay what they are.
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    app.command(name=family.name)(command)
+    built = typer.main.get_command(app)
+    built.name = family.name
+    built.short_help = family.summary
+    return built
+
+
+def _option(family: Family, name: str, field: FieldInfo) -> Parameter:
+    """A field of a family's options as an option of its command; None, if it is not given, leaves it to the family."""
+    kind = _command_type(field)
+    text = field.description or ""
+    if "[" not in text:
+        text = f"{text}  [{_default_text(family, name, field)}]"
+    option = typer.Option(help=text, show_default=False)
+    annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045 - a type in a variable
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _command_type(field: FieldInfo) -> type:
+    """int, float, bool or str: whatever the field's annotation comes down to; lists are given as `16,32`."""
+    text = str(field.annotation)
+    for kind in (bool, int, float):
+        if field.annotation is kind or (f"{kind.__name__}" in text and "tuple" not in text and "Literal" not in text):
+            return kind
+    return str
+
+
+def _default_text(family: Family, name: str, field: FieldInfo) -> str:
+    """The default, or the defaults of images of three sizes."""
+    sides = {"up to 16x16": 16, "up to 32x32": 32, "above": 64}
+    found: dict[str, str] = {}
+    for words, side in sides.items():
+        value = dict(family.defaults((side, side, 3))).get(name, field.get_default())
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        found.setdefault(shown, words)
+        found[shown] = words
+    if len(found) == 1:
+        return f"default: {next(iter(found))}"
+    return "default: " + ", ".join(f"{value} {words}" for value, words in found.items())
+
+
+def _split(value: Any, field: FieldInfo) -> Any:
+    return value.split(",") if isinstance(value, str) and "tuple" in str(field.annotation) else value
+
+
+def run_training(
+    family: str,
+    options: dict[str, Any],
+    *,
+    data: str,
+    run: Path | None,
+    image_size: str | None,
+    channels: int | None,
+    column: str | None,
+    limit: int | None,
+    flips: bool | None,
+    seed: int | None,
+    threads: int | None,
+    device: str,
+    checkpoint_steps: int,
+) -> None:
+    """What `covae train FAMILY` does."""
     use_threads(1)
     from covae_train.data import load_images
+    from covae_train.run import has_run, load_config
     from covae_train.training import Trainer
 
-    size = _parse_size(image_size)
-    images = load_images(data, size, channels)
-    named = {
-        "epochs": epochs,
-        "mean_epochs": mean_epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "mean_learning_rate": mean_learning_rate,
-        "widths": _parse_widths(widths),
-        "latent_size": latent_size,
-        "rank": rank,
-        "variance": variance,
-        "target_kl": target_kl,
-        "kappa": kappa,
-        "flips": flips,
-        "seed": seed,
-        "threads": threads,
-    }
-    given = {name: value for name, value in named.items() if value is not None}
     folder = run or Path("runs") / f"{Path(data).stem}-{family}"
-    config = config_for(folder, family, images, given | _parse_options(option or []))
-    fit_with_progress(Trainer(config, images, folder, _device(device)))
+    size = parse_size(image_size)
+    if has_run(folder):  # what it was begun with need not be said again
+        found = load_config(folder)
+        size, channels = size or found.image_shape[:2], channels or found.image_shape[2]
+        column, limit = column or found.column, limit or found.limit
+    images = load_images(data, size, channels, column=column, limit=limit)
+    named = {"flips": flips, "seed": seed}
+    given = options | {name: value for name, value in named.items() if value is not None}
+    config = config_for(folder, family, images, given)
+    wanted = threads or (1 if max(config.image_shape[:2]) <= ONE_THREAD_SIDE else os.cpu_count() or 1)
+    fit_with_progress(
+        Trainer(config, images, folder, _device(device), threads=wanted, checkpoint_steps=checkpoint_steps)
+    )
 
 
 def config_for(folder: Path, family: str, images: ImageData, given: dict[str, Any]) -> RunConfig:
@@ -99,10 +209,13 @@ def config_for(folder: Path, family: str, images: ImageData, given: dict[str, An
     from covae_train.families import make_config
     from covae_train.run import has_run, load_config
 
-    kept = load_config(folder).model_dump() if has_run(folder) else {"flips": images.flips}
-    fixed = {"family": family, "data": images.name, "image_shape": images.image_shape}
-    if kept.get("family", family) != family:
-        kept = {"flips": images.flips}
+    fixed: dict[str, Any] = {"family": family, "data": images.name, "image_shape": images.image_shape}
+    fixed |= {"limit": images.limit, "column": images.column}
+    kept: dict[str, Any] = {"flips": images.flips}
+    if has_run(folder):
+        found = load_config(folder)
+        if found.family == family:
+            kept = {"flips": found.flips, "seed": found.seed, **found.options.model_dump()}
     return make_config(**kept | given | fixed)
 
 
@@ -116,10 +229,9 @@ def fit_with_progress(trainer: Trainer) -> None:
 
     console = Console()
     if trainer.finished:
-        console.print(f"{trainer.folder}: already trained for {trainer.config.epochs} epochs")
+        console.print(f"{trainer.folder}: already trained for {_epochs(trainer.epochs)}")
         return
-    if trainer.step:
-        console.print(f"{trainer.folder}: resuming at step {trainer.step} of {trainer.total_steps}")
+    _print_header(trainer, console)
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=16),
@@ -127,25 +239,65 @@ def fit_with_progress(trainer: Trainer) -> None:
         # The rest of the line, cut where it ends.
         TextColumn("{task.fields[terms]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    every = max(1, trainer.config.epochs // 10)
-    with Progress(*columns, console=console, expand=True) as progress:
+    every = max(1, trainer.epochs // 10)
+    first, began = trainer.step, trainer.seconds
+    with Progress(*columns, console=console, expand=True, disable=not trainer.total_steps) as progress:
         task = progress.add_task("training", total=trainer.total_steps, completed=trainer.step, terms="")
 
         def show(report: StepReport) -> None:
-            phase = "mean" if report.mean_only else "all"
             multipliers = " ".join(f"λ_{name} {value:,.0f}" for name, value in report.multipliers.items())
             terms = f"bound {report.bound:,.0f} KL {report.kl:.1f} entropy {report.entropy:,.1f} {multipliers}"
-            description = f"epoch {report.epoch + 1}/{trainer.config.epochs} ({phase})"
+            description = f"epoch {report.epoch + 1}/{trainer.epochs} ({report.phase})"
             progress.update(task, completed=report.step, description=description, terms=terms)
+            if report.step - first == TIMED_STEPS:
+                left = (trainer.total_steps - report.step) * (report.seconds - began) / TIMED_STEPS
+                console.print(f"about {max(left / 60, 0.1):,.1f} minutes to go")
             done = report.step == trainer.total_steps
             if not console.is_terminal and (done or report.step % (every * trainer.steps_per_epoch) == 0):
                 console.print(f"{description}  {terms}", soft_wrap=True)
 
         trainer.fit(show)
-    console.print(f"{trainer.folder}: trained for {trainer.config.epochs} epochs in {trainer.seconds:,.0f} s")
+    what = f"trained for {_epochs(trainer.epochs)}" if trainer.epochs else "fitted"
+    console.print(f"{trainer.folder}: {what} in {trainer.seconds:,.0f} s")
 
 
-def _parse_size(text: str | None) -> tuple[int, int] | None:
+def _print_header(trainer: Trainer, console: Console) -> None:
+    """What is about to be trained, on what."""
+    from covae_train.phases import described
+
+    images, (height, width, channels) = trainer.data, trainer.config.image_shape
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    colour = "grey" if channels == 1 else "RGB"
+    console.print(
+        f"{trainer.config.family}: {len(images.train):,} {colour} images of {height}x{width}, "
+        f"{len(images.held_out):,} held out; {parameters:,} parameters; on {trainer.device}; "
+        f"{described(trainer.phases)}",
+        soft_wrap=True,
+    )
+    for note in images.notes:
+        console.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+    if len(images.train) < FEW_IMAGES:
+        console.print(
+            f"[yellow]warning:[/] {len(images.train)} training images teach a model next to nothing; expected hundreds "
+            "at least",
+            soft_wrap=True,
+        )
+    if trainer.extended_from is not None:
+        console.print(f"{trainer.folder}: extends its {_epochs(trainer.extended_from)} to {trainer.epochs}")
+    if trainer.step:
+        console.print(f"{trainer.folder}: resuming at step {trainer.step} of {trainer.total_steps}")
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """An image size as an option gives it, N or HxW.
+
+    Raises:
+        InvalidArgument: it is neither, or out of range.
+    """
     from covae_train.data import MAX_SIZE, MIN_SIZE
 
     if text is None:
@@ -157,26 +309,6 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     if not all(MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
         raise InvalidArgument(f"--image-size: found {text}; expected {MIN_SIZE} to {MAX_SIZE} each way")
     return height, width
-
-
-def _parse_widths(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise InvalidArgument(f"--widths: found {text!r}; expected whole numbers, as 64,128,256,512") from error
-
-
-def _parse_options(options: list[str]) -> dict[str, str]:
-    malformed = [option for option in options if "=" not in option]
-    if malformed:
-        raise InvalidArgument(f"--option: found {malformed[0]!r}; expected NAME=VALUE")
-    values = dict(option.split("=", 1) for option in options)
-    fixed = [name for name in ("family", "data", "image_shape") if name in values]
-    if fixed:
-        raise InvalidArgument(f"--option: found {fixed[0]}; expected it as FAMILY, --data, --image-size or --channels")
-    return values
 
 
 def _device(name: str) -> str:
@@ -193,46 +325,66 @@ def _device(name: str) -> str:
 
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="folders of trained runs")],
-    images: Annotated[int, typer.Option(min=2, help="how many held-out images to score")] = 1000,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="what to measure, repeated or comma-separated  [what fits the run]")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, help="how many held-out images to look at, at most")] = 1000,
     samples: Annotated[int, typer.Option(min=1, help="importance samples per image")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="of whatever is random")] = 0,
     output: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
 ) -> None:
-    """Print a run's figures on held-out images: coherence of samples, log-likelihood bound, time per epoch."""
+    """Print runs' figures on held-out images, each by a protocol of its own (a measure)."""
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
     use_threads(threads)
-    from covae_train import evaluation
     from covae_train.data import load_images
+    from covae_train.measures import Estimate, Settings, find_measure, measures
     from covae_train.run import load_run
 
-    results = []
+    asked = [name.strip() for text in measure or [] for name in text.split(",") if name.strip()]
+    wanted = [find_measure(name) for name in asked] or [item for item in measures().values() if item.usual]
+    results: list[dict[str, Any]] = []
     for folder in runs:
         run = load_run(folder)
         height, width, channels = run.config.image_shape
-        held_out = load_images(run.config.data, (height, width), channels).held_out[:images]
+        data = load_images(run.config.data, (height, width), channels, column=run.config.column)
+        figures: dict[str, Estimate] = {}
         with Progress(transient=True) as progress:
-            task = progress.add_task(f"{run.run_id}: scoring", total=len(held_out))
-            advance = partial(progress.advance, task)
-            results.append(evaluation.evaluate(run, held_out, samples, on_image=advance))
+            for item in wanted:
+                missing = item.needs(run)
+                if missing and asked:
+                    raise InvalidArgument(f"--measure: {item.name} needs {missing}, which {run.run_id} has not")
+                if missing:
+                    continue
+                task = progress.add_task(f"{run.run_id}: {item.name}", total=min(images, len(data.held_out)))
+                settings = Settings(images, samples, seed, partial(progress.advance, task))
+                figures |= item.compute(run, data, settings)
+        results.append({"run": run, "figures": figures, "images": min(images, len(data.held_out))})
+    _print_figures(results, Console())
+    if output:
+        output.write_text(json.dumps([_document(result, samples, seed) for result in results], indent=2) + "\n")
+
+
+def _print_figures(results: list[dict[str, Any]], console: Console) -> None:
+    from rich.table import Table
+
     table = Table("", title="held-out images; nats per image, pixels in [0, 1]")
     for result in results:
-        table.add_column(result.run_id, justify="right", overflow="fold")
-    rows: dict[str, Callable[[evaluation.Evaluation], str]] = {
-        "lag-1 autocorrelation": lambda result: f"{result.lag1_autocorrelation:z.3f}",
-        f"log-likelihood bound, K = {samples}": lambda result: (
-            f"{result.log_likelihood_bound:,.1f} ± {result.standard_error:,.1f}"
-        ),
-        "ELBO": lambda result: f"{result.elbo:,.1f} ± {result.elbo_standard_error:,.1f}",
-        "RMSE of the decoded mean": lambda result: f"{result.mean_rmse:.3f}",
-        "its bias": lambda result: f"{result.mean_bias:+z.3f}",
-        "images": lambda result: f"{result.num_images:,}",
-        "seconds per epoch": lambda result: f"{result.seconds_per_epoch:.2f}",
+        table.add_column(result["run"].run_id, justify="right", overflow="fold")
+    names = dict.fromkeys(name for result in results for name in result["figures"])
+    for name in names:
+        table.add_row(name, *(str(result["figures"].get(name, "–")) for result in results))
+    table.add_row("images", *(f"{result['images']:,}" for result in results))
+    console.print(table)
+
+
+def _document(result: dict[str, Any], samples: int, seed: int) -> dict[str, Any]:
+    run = result["run"]
+    figures = {
+        name: {"value": figure.value, "standard_error": figure.standard_error}
+        for name, figure in result["figures"].items()
     }
-    for heading, cell in rows.items():
-        table.add_row(heading, *(cell(result) for result in results))
-    Console().print(table)
-    if output:
-        output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    settings = {"images": result["images"], "samples": samples, "seed": seed}
+    return {"run": run.run_id, "family": run.config.family, **settings, "figures": figures}

@@ -1,11 +1,14 @@
-"""Data sets by name, folder or parquet file, as uint8 tensors in memory."""
+"""Data sets by name, folder or parquet file, as uint8 tensors in memory.
+
+Nothing is guessed from words in file names, nothing is cached, and whatever is left out is counted and named.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,19 @@ from PIL import Image
 from torch import Tensor
 
 from covae_core.errors import ImageFileError
-from covae_core.images import find_images, fit_image, open_image
+from covae_core.images import EXTENSIONS, fit_image, list_images, open_image
 from covae_train.errors import DataError
 
 MIN_SIZE, MAX_SIZE = 8, 256
-HELD_OUT_SPLITS = ("test", "validation")
-ROW = "covae_row"
+# A folder's splits, by the lower-case names of its subfolders.
+SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "val": "validation", "valid": "validation"}
+SPLIT_FOLDERS |= {"validation": "validation"}
+IMAGE_COLUMNS = ("image", "img")
 GREY_MODES = ("1", "L", "LA", "I", "I;16")
+# So many names of what is left out are told; the rest is counted.
+TOLD_NAMES = 3
+
+Named = Iterable[tuple[str, Image.Image]]
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,20 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class ImageData:
-    """Training and held-out images, uint8. shape of each: (N, C, H, W). `flips`: mirrored images make sense."""
+    """Training and held-out images, uint8, and validation images if the data has a split of them beside `test`.
+
+    shape of each: (N, C, H, W). flips: mirrored images make sense. notes: what was left out, for people. limit, column:
+    as `load_images` was told.
+    """
 
     name: str
     train: Tensor
     held_out: Tensor
     flips: bool
+    validation: Tensor | None = None
+    notes: tuple[str, ...] = ()
+    limit: int | None = None
+    column: str | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -67,30 +84,41 @@ class ImageData:
         return digest.hexdigest()
 
 
-def load_images(data: str, image_size: tuple[int, int] | None = None, channels: int | None = None) -> ImageData:
+def load_images(
+    data: str,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    *,
+    column: str | None = None,
+    limit: int | None = None,
+) -> ImageData:
     """Read a data set whole.
 
     Args:
         data: `digits`, a name in SOURCES, a folder of images or a parquet file. With COVAE_DATA set, names are looked
             up as `$COVAE_DATA/NAME/{train,validation,test}.parquet` before the hub is asked. Of a folder, subfolders
-            named `train` and `test` (or `validation`) are the splits; without a `train`, all images belong together.
+            named `train` and `test`, `val` or `validation`, in small letters or large, are the splits; without a
+            `train`, all images belong together.
         image_size: (H, W) to cut and resize every image to (shorter side scaled, centre cropped); by default the
             images' own size, or the source's.
         channels: 1 (grey) or 3 (RGB); by default 1 if every image is grey.
+        column: of a parquet file, the column of images; by default `image` or `img`, or the only one there is.
+        limit: train on the first so many images.
 
     Raises:
         DataError: unknown name, nothing there, a corrupt image, images of unequal or unsupported size.
     """
+    if image_size is not None:
+        _checked(image_size, "image_size")
     if data == "digits":
-        return _fit_digits(image_size, channels)
-    source = SOURCES.get(data)
-    train, held_out = _splits(data, source)
-    image_size = image_size or (source.image_size if source else None)
-    channels = channels or (source.channels if source else None)
-    train_images = _to_tensor(data, train, image_size, channels)
-    shape = (int(train_images.shape[2]), int(train_images.shape[3]))
-    held_out_images = _to_tensor(data, held_out, shape, int(train_images.shape[1]))
-    return ImageData(data, train_images, held_out_images, source.flips if source else False)
+        images = _fit_digits(image_size, channels)
+    else:
+        source = SOURCES.get(data)
+        image_size = image_size or (source.image_size if source else None)
+        channels = channels or (source.channels if source else None)
+        splits = _splits(data, source, column)
+        images = _read(data, splits, image_size, channels, source.flips if source else False)
+    return replace(images, train=images.train[:limit], limit=limit, column=column)
 
 
 def _fit_digits(image_size: tuple[int, int] | None, channels: int | None) -> ImageData:
@@ -99,133 +127,229 @@ def _fit_digits(image_size: tuple[int, int] | None, channels: int | None) -> Ima
     grey = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
     images = [Image.fromarray(image) for image in grey]
     named = [(f"digits[{index}]", image) for index, image in enumerate(images)]
-    tensor = _stack(named, image_size or (8, 8), channels or 1)
+    tensor = _stack("digits", named, image_size or (8, 8), channels or 1)
     return ImageData("digits", tensor[:1500], tensor[1500:], flips=False)
 
 
-def _splits(data: str, source: Source | None) -> tuple[Any, Any]:
-    """The training and the held-out split as `datasets.Dataset`s of undecoded images."""
-    import datasets
+@dataclass(frozen=True)
+class Split:
+    """Images that belong together, and what was left out of them."""
 
-    datasets.disable_progress_bars()
-    splits = _load(data, source)
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
+    count: int
+    images: Named
+    notes: tuple[str, ...] = ()
+
+
+def _read(
+    data: str, splits: dict[str, Split], image_size: tuple[int, int] | None, channels: int | None, flips: bool
+) -> ImageData:
+    notes = tuple(note for split in splits.values() for note in split.notes)
+    try:
+        train = _stack(data, splits["train"].images, image_size, channels)
+        shape, found = (int(train.shape[2]), int(train.shape[3])), int(train.shape[1])
+        others = {
+            name: _stack(data, split.images, shape, None if channels is None else found)
+            for name, split in splits.items()
+            if name != "train"
+        }
+    except ImageFileError as error:
+        raise DataError(f"{error}; mend or remove it and start again") from error
+    if any(other.shape[1] > found for other in others.values()):
+        found, train = 3, train.repeat(1, 3, 1, 1)
+    others = {name: other.repeat(1, found // other.shape[1], 1, 1) for name, other in others.items()}
+    held_out = others.pop("test") if "test" in others else others.pop("validation", None)
     if held_out is None:
-        if len(train) < 2:
-            raise DataError(f"{data}: found {len(train)} image(s); expected at least 2, one of them to hold out")
-        parts = _numbered(train).train_test_split(test_size=max(1, len(train) // 10), seed=0)
-        return _undecoded(parts["train"], data), _undecoded(parts["test"], data)
-    return _undecoded(_numbered(train), data), _undecoded(_numbered(held_out), data)
+        train, held_out = _hold_out(data, train)
+    return ImageData(data, train, held_out, flips, others.get("validation"), notes)
 
 
-def _numbered(dataset: Any) -> Any:
-    """With each row's number in its file, which errors tell after any shuffling."""
-    return dataset.add_column(ROW, range(len(dataset)))
+def _hold_out(data: str, images: Tensor) -> tuple[Tensor, Tensor]:
+    """A tenth of the images, one at least, chosen by a fixed seed."""
+    if len(images) < 2:
+        raise DataError(f"{data}: found {len(images)} image(s); expected at least 2, one of them to hold out")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    count = max(1, len(images) // 10)
+    return images[order[count:].sort().values], images[order[:count].sort().values]
 
 
-def _load(data: str, source: Source | None) -> Any:
-    from datasets import load_dataset
-
+def _splits(data: str, source: Source | None, column: str | None) -> dict[str, Split]:
     root = os.environ.get("COVAE_DATA")
     local = Path(root, source.folder) if root and source else None
-    try:
-        if local and local.is_dir():
-            files = {path.stem: str(path) for path in sorted(local.glob("*.parquet"))}
-            if "train" not in files:
-                raise DataError(
-                    f"{local}: no train.parquet here; COVAE_DATA/{source.folder if source else ''} needs one"
-                )
-            return load_dataset("parquet", data_files=files)
-        if source:
-            return load_dataset(source.hub)
-        path = Path(data)
-        if path.is_dir():
-            files = _split_folders(path)
-            return load_dataset("imagefolder", data_dir=str(path), data_files=files, drop_labels=True)
-        if path.is_file() and path.suffix == ".parquet":
-            return load_dataset("parquet", data_files={"train": str(path)})
-    except DataError:
-        raise
-    except Exception as error:  # the datasets library raises many kinds; each means that the data cannot be read
-        if source is None and Path(data).is_dir():
-            _require_images(Path(data))
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        hint = (
-            f"the hub has it, or set COVAE_DATA to a folder with {source.folder}/train.parquet"
-            if source
-            else "expected PNG, JPEG or WebP images"
-        )
-        raise DataError(f"{data}: cannot be read ({reason}); {hint}") from error
+    if source and local and local.is_dir():
+        files = {path.stem: path for path in sorted(local.glob("*.parquet"))}
+        if "train" not in files:
+            raise DataError(f"{local}: no train.parquet here; COVAE_DATA/{source.folder} needs one")
+        return {name: _parquet(files[name], column) for name in ("train", "validation", "test") if name in files}
+    if source:
+        return _hub(data, source, column)
+    path = Path(data)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file() and path.suffix == ".parquet":
+        return {"train": _parquet(path, column)}
     names = ", ".join(["digits", *SOURCES])
     raise DataError(f"--data: found {data!r}; expected one of {names}, a folder of images, or a parquet file")
 
 
-def _require_images(folder: Path) -> None:
+def _folder(path: Path) -> dict[str, Split]:
+    inside = [child for child in sorted(path.iterdir()) if child.is_dir() and child.name.lower() in SPLIT_FOLDERS]
+    splits: dict[str, list[Path]] = {}
+    for child in inside:
+        splits.setdefault(SPLIT_FOLDERS[child.name.lower()], []).append(child)
+    if "train" not in splits:
+        return {"train": _listed([path])}
+    beside = [child.name for child in sorted(path.iterdir()) if child not in inside and not child.name.startswith(".")]
+    notes = (_told(f"{path}: beside the splits", beside),) if beside else ()
+    found = {name: _listed(folders) for name, folders in splits.items()}
+    train = found["train"]
+    return found | {"train": Split(train.count, train.images, (*train.notes, *notes))}
+
+
+def _listed(folders: Sequence[Path]) -> Split:
+    """The images in folders, every one of them; files of other kinds are told."""
+    files, others = [], []
+    for folder in folders:
+        listing = list_images(folder)
+        files += listing.images
+        others += listing.others
+    if not files:
+        raise DataError(f"{folders[0]}: this folder holds no file that ends in {', '.join(EXTENSIONS)}")
+    notes = (_told(f"{folders[0]}: no images", [str(path.name) for path in others]),) if others else ()
+    return Split(len(files), ((str(file), open_image(file)) for file in files), notes)
+
+
+def _told(what: str, names: Sequence[str]) -> str:
+    shown = ", ".join(names[:TOLD_NAMES]) + (", …" if len(names) > TOLD_NAMES else "")
+    return f"{what}, so left out: {len(names)} ({shown})"
+
+
+def _parquet(path: Path, column: str | None) -> Split:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
     try:
-        find_images([folder])
-    except ImageFileError as error:
-        raise DataError(str(error)) from error
+        file = parquet.ParquetFile(path)  # type: ignore[no-untyped-call]
+        name = _image_column(str(path), file.schema_arrow, column)
+        batches = file.iter_batches(columns=[name], batch_size=1024)  # type: ignore[no-untyped-call]
+        values = [value for batch in batches for value in batch.column(0)]
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{path}: cannot be read ({reason}); expected a parquet file with a column of images"
+        ) from error
+    return _cells(str(path), [value.as_py() for value in values], path.parent)
 
 
-def _split_folders(folder: Path) -> dict[str, str]:
-    """What belongs to which split. Left to itself, `datasets` goes by words in file names and drops the other files."""
-    splits = [name for name in ("train", *HELD_OUT_SPLITS) if (folder / name).is_dir()]
-    return {name: f"{name}/**" for name in splits} if "train" in splits else {"train": "**"}
+def _image_column(data: str, schema: Any, asked: str | None) -> str:
+    """The column of images of a parquet file's schema."""
+    import pyarrow.types as types
+
+    found = [
+        field.name
+        for field in schema
+        if types.is_binary(field.type)
+        or types.is_large_binary(field.type)
+        or (types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+    ]
+    return _chosen(data, found, [field.name for field in schema], asked)
 
 
-def _undecoded(dataset: Any, data: str) -> Any:
+def _chosen(data: str, found: Sequence[str], there: Sequence[str], asked: str | None) -> str:
+    if asked is not None:
+        if asked not in found:
+            raise DataError(f"--column: found {asked!r}; {data} has images in {found or 'none'} of its columns {there}")
+        return asked
+    named = [name for name in IMAGE_COLUMNS if name in found]
+    if named or len(found) == 1:
+        return (named or found)[0]
+    if not found:
+        raise DataError(f"{data}: found the columns {there}; expected one of images: bytes, or a struct with bytes")
+    raise DataError(f"{data}: found several columns of images, {', '.join(found)}; say which with --column")
+
+
+def _cells(data: str, cells: Sequence[Any], root: Path | None) -> Split:
+    """Images in a table's cells: a file's bytes, or a struct of its bytes and its path."""
+    empty = [index for index, cell in enumerate(cells) if _content(cell) is None and _path(cell) is None]
+    kept = [index for index in range(len(cells)) if index not in set(empty)]
+    if not kept:
+        raise DataError(f"{data}: found {len(cells)} rows and no image in them; expected at least one")
+
+    def opened() -> Iterator[tuple[str, Image.Image]]:
+        for index in kept:
+            name, content, path = f"{data}: image {index} of its split", _content(cells[index]), _path(cells[index])
+            if content is not None:
+                yield name, open_image(content, name)
+            else:
+                assert path is not None
+                yield name, open_image(Path(root or ".", path))
+
+    notes = (_told(f"{data}: rows without an image", [str(index) for index in empty]),) if empty else ()
+    return Split(len(kept), opened(), notes)
+
+
+def _content(cell: Any) -> bytes | None:
+    return cell.get("bytes") if isinstance(cell, dict) else cell
+
+
+def _path(cell: Any) -> str | None:
+    return cell.get("path") if isinstance(cell, dict) else None
+
+
+def _hub(data: str, source: Source, column: str | None) -> dict[str, Split]:
+    """A named set from the Hugging Face hub, or from its cache."""
     import datasets
 
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if not columns:
-        found = [name for name in dataset.features if name != ROW]
-        raise DataError(f"{data}: found the columns {found}; expected one of images")
-    return dataset.select_columns([columns[0], ROW]).cast_column(columns[0], datasets.Image(decode=False))
-
-
-def _to_tensor(data: str, dataset: Any, image_size: tuple[int, int] | None, channels: int | None) -> Tensor:
+    datasets.disable_progress_bars()
     try:
-        return _stack(_opened(data, dataset), image_size, channels)
-    except ImageFileError as error:
-        raise DataError(f"{error}; mend or remove it and start again") from error
+        loaded = datasets.load_dataset(source.hub)
+    except Exception as error:  # the datasets library raises many kinds; each means that the data cannot be read
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        hint = f"the hub has it, or set COVAE_DATA to a folder with {source.folder}/train.parquet"
+        raise DataError(f"{data}: cannot be read ({reason}); {hint}") from error
+    splits = {}
+    for name in ("train", "validation", "test"):
+        if name in loaded:
+            rows = loaded[name]
+            images = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+            chosen = _chosen(data, images, list(rows.features), column)
+            cells = rows.cast_column(chosen, datasets.Image(decode=False))[chosen]
+            splits[name] = _cells(data, list(cells), None)
+    if "train" not in splits:
+        raise DataError(f"{data}: the hub's set has the splits {list(loaded)}; expected one named train")
+    return splits
 
 
-def _opened(data: str, dataset: Any) -> Iterator[tuple[str, Image.Image]]:
-    (column,) = set(dataset.features) - {ROW}
-    for row in dataset:
-        content, path = row[column]["bytes"], row[column]["path"]
-        if content is None:
-            yield path, open_image(path)
-        else:
-            yield (name := f"{data}: image {row[ROW]} of its split"), open_image(content, name)
-
-
-def _stack(
-    images: Iterable[tuple[str, Image.Image]], image_size: tuple[int, int] | None, channels: int | None
-) -> Tensor:
-    """Fit every image to one shape, by default the first one's. shape: (N, C, H, W) uint8"""
+def _stack(data: str, images: Named, image_size: tuple[int, int] | None, channels: int | None) -> Tensor:
+    """Fit every image to one size, by default the first one's; in colour if one is. shape: (N, C, H, W) uint8"""
     rows: list[np.ndarray[Any, Any]] = []
-    shape: tuple[int, int, int] | None = None
+    size, found = image_size, channels or 1
     for name, image in images:
-        found = (image.height, image.width, 1 if image.mode in GREY_MODES else 3)
-        shape = shape or _checked((*(image_size or found[:2]), channels or found[2]), name)
-        if image_size is None and found[:2] != shape[:2]:
+        own = (image.height, image.width)
+        size = size or _checked(own, name)
+        if image_size is None and own != size:
             raise DataError(
-                f"{name}: it is {found[0]}x{found[1]} (height x width), the first image {shape[0]}x{shape[1]}: "
+                f"{name}: it is {own[0]}x{own[1]} (height x width), the first image {size[0]}x{size[1]}: "
                 "give --image-size"
             )
-        if channels is None and found[2] > shape[2]:
-            raise DataError(f"{name}: it has colour, the first image has none: give --channels 1 or 3")
-        rows.append(fit_image(image, shape))
+        if channels is None and found == 1 and image.mode not in GREY_MODES and not _is_grey(image):
+            found, rows = 3, [row.repeat(3, axis=-1) for row in rows]
+        rows.append(fit_image(image, (*size, found)))
     if not rows:
-        raise DataError("the data set is empty: expected at least one image")
+        raise DataError(f"{data}: the data set is empty: expected at least one image")
     return torch.from_numpy(np.stack(rows).transpose(0, 3, 1, 2).copy())
 
 
-def _checked(shape: tuple[int, int, int], name: str) -> tuple[int, int, int]:
-    if not all(MIN_SIZE <= side <= MAX_SIZE for side in shape[:2]):
+def _is_grey(image: Image.Image) -> bool:
+    """Whether a palette image has no colours but grey ones."""
+    if image.mode not in ("P", "PA"):
+        return False
+    palette = np.asarray(image.convert("RGB"))
+    return bool((palette == palette[..., :1]).all())
+
+
+def _checked(size: tuple[int, int], name: str) -> tuple[int, int]:
+    if not all(MIN_SIZE <= side <= MAX_SIZE for side in size):
         raise DataError(
-            f"{name}: its size is {shape[0]}x{shape[1]}; expected {MIN_SIZE} to {MAX_SIZE} each way: give --image-size"
+            f"{name}: its size is {size[0]}x{size[1]}; expected {MIN_SIZE} to {MAX_SIZE} each way: give --image-size"
         )
-    return shape
+    return size

@@ -1,19 +1,103 @@
-"""The parts that every family shares: an encoder, a decoder, and a head that makes the density's parameters."""
+"""What every model is: a density over images given latents by name, and posteriors of the latents given an image."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from covae_train.densities import Density, DiagonalNormal
+import covae_train.torch_backend  # noqa: F401 - lets the densities take tensors
+from covae_core.densities import Density, DiagonalNormal
+from covae_core.errors import Unsupported
+from covae_train.posteriors import NormalPosterior
+from covae_train.priors import Prior, StandardNormal
 
 # SOS-VAE's head initialisation: the first mean is mid-grey, the first factor next to nothing.
 HEAD_WEIGHT_STD = 1e-5
 MEAN_BIAS = 0.5
+
+
+class ImageModel(nn.Module, ABC):
+    """See `covae_core.modelling.Model`.
+
+    Args:
+        latents: each latent's shape, no batch axis, by name; {} for a density alone
+        priors: each latent's prior; standard normal where it is not given
+    """
+
+    encodes = False
+
+    def __init__(self, latents: Mapping[str, tuple[int, ...]], priors: Mapping[str, Prior] | None = None) -> None:
+        super().__init__()
+        self.latents = dict(latents)
+        given = priors or {}
+        self.priors = nn.ModuleDict({name: given.get(name, StandardNormal()) for name in latents})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the network computes in."""
+        return next(chain(self.parameters(), self.buffers())).dtype
+
+    def prior(self, name: str) -> Prior:
+        """p(z) of one latent."""
+        prior = self.priors[name]
+        assert isinstance(prior, Prior)
+        return prior
+
+    def posteriors(self, images: Tensor) -> Mapping[str, NormalPosterior]:
+        """q(z|x) of each latent for images (B, C, H, W) in [0, 1].
+
+        Raises:
+            Unsupported: the model has no encoder.
+        """
+        raise Unsupported(f"posteriors: a {type(self).__name__} has no encoder")
+
+    @abstractmethod
+    def density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:
+        """p(x|z) of latents (B, *shape) by name; `rows` is B, which a model without latents cannot know otherwise."""
+
+
+class DensityHead(nn.Module, ABC):
+    """Feature maps (B, F, H, W) to a density over images (C, H, W)."""
+
+    @abstractmethod
+    def density(self, features: Tensor) -> Density:
+        """The whole density."""
+
+
+class Vae(ImageModel):
+    """An encoder, a decoder, and a head that makes the density's parameters; one latent, named `latent`.
+
+    Args:
+        encoder: images (B, C, H, W) in [0, 1] → the latent's posterior
+        decoder: latents (B, *latent_shape) → features (B, F, H, W)
+        head: features → density
+        latent_shape: the latent's shape, no batch axis
+    """
+
+    encodes = True
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, head: DensityHead, latent_shape: tuple[int, ...]
+    ) -> None:
+        super().__init__({"latent": latent_shape})
+        self.encoder, self.decoder, self.head = encoder, decoder, head
+
+    def posteriors(self, images: Tensor) -> Mapping[str, NormalPosterior]:
+        """q(z|x) of images (B, C, H, W) in [0, 1]."""
+        return {"latent": self.encoder(images)}
+
+    def density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:
+        """p(x|z) of latents (B, *latent_shape)."""
+        return self.head.density(self.features(latents))
+
+    def features(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """The decoder's last feature maps. shape: (B, F, H, W)"""
+        features: Tensor = self.decoder(latents["latent"])
+        return features
 
 
 def pointwise_head(in_width: int, out_width: int, bias: float) -> nn.Conv2d:
@@ -25,95 +109,18 @@ def pointwise_head(in_width: int, out_width: int, bias: float) -> nn.Conv2d:
     return head
 
 
-class DensityHead(nn.Module, ABC):
-    """Feature maps (B, F, H, W) to a density over images (C, H, W).
-
-    `mean_variance` is the variance of every pixel while only the mean is trained; `mean_share` is how much of that
-    density's −log N(x; μ, D) stays in the loss when everything is trained.
-    """
-
-    mean_variance: float
-    mean_share: float = 0.0
-
-    def __init__(self, in_width: int, channels: int) -> None:
-        super().__init__()
-        self.mean = pointwise_head(in_width, channels, MEAN_BIAS)
-
-    def mean_density(self, features: Tensor) -> DiagonalNormal:
-        """The mean with a constant variance: what the first phase of training sees."""
-        return self.density_around(self.mean(features))
-
-    def density_around(self, mean: Tensor) -> DiagonalNormal:
-        """The density of the first phase around a mean (B, C, H, W)."""
-        return DiagonalNormal(mean, self.mean_variance, validate_args=False)
-
-    def start_spread(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Give the spread its first values, where phase `all` begins after a phase `mean`. Called without gradients.
-
-        Args:
-            batches: features (B, F, H, W) and images (B, C, H, W) of training images; made as they are asked for
-        """
-
-    @abstractmethod
-    def density(self, features: Tensor) -> Density:
-        """The whole density."""
-
-
-class Posterior(NamedTuple):
-    """q(z|x), independent normals. shape of each: (B, *latent_shape)"""
-
-    mean: Tensor
-    scale: Tensor
-
-    def draw(self, noise: Tensor) -> Tensor:
-        """z = mean + scale · noise."""
-        return self.mean + self.scale * noise
-
-    def kl_to_prior(self) -> Tensor:
-        """KL[q(z|x) ‖ N(0, I)] per row, in nats. shape: (B,)"""
-        variance = self.scale.square()
-        terms = 0.5 * (self.mean.square() + variance - 1 - variance.log())
-        return terms.flatten(1).sum(1)
-
-    def log_prob(self, latent: Tensor) -> Tensor:
-        """log q(z|x) per row, in nats. shape: (B,)"""
-        return _standard_log_prob((latent - self.mean) / self.scale) - self.scale.log().flatten(1).sum(1)
-
-
-def prior_log_prob(latent: Tensor) -> Tensor:
-    """log p(z) = log N(z; 0, I) per row, in nats. shape: (B, *latent_shape) → (B,)"""
-    return _standard_log_prob(latent)
-
-
-def _standard_log_prob(z: Tensor) -> Tensor:
-    return -0.5 * (z.square() + torch.log(torch.tensor(2 * torch.pi, dtype=z.dtype))).flatten(1).sum(1)
-
-
-class ImageModel(nn.Module):
-    """A VAE whose decoder yields a density over images.
+class MeanFirstHead(DensityHead):
+    """A head whose mean can be trained before its spread: a 1×1 convolution, and a constant variance meanwhile.
 
     Args:
-        encoder: (B, C, H, W) in [0, 1] → (mean, scale) of the latent, each (B, *latent_shape)
-        decoder: (B, *latent_shape) → features (B, F, H, W)
-        head: features → density
-        latent_shape: the latent's shape, no batch axis
+        mean_variance: the variance of every pixel while only the mean is trained
     """
 
-    def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, head: DensityHead, latent_shape: tuple[int, ...]
-    ) -> None:
+    def __init__(self, in_width: int, channels: int, mean_variance: float) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.head = encoder, decoder, head
-        self.latent_shape = latent_shape
+        self.mean = pointwise_head(in_width, channels, MEAN_BIAS)
+        self.mean_variance = mean_variance
 
-    def posterior(self, images: Tensor) -> Posterior:
-        """q(z|x) of images (B, C, H, W) in [0, 1]."""
-        return Posterior(*self.encoder(images))
-
-    def density(self, latent: Tensor) -> Density:
-        """p(x|z) of latents (B, *latent_shape)."""
-        return self.head.density(self.decoder(latent))
-
-    def mean_density(self, latent: Tensor) -> Density:
-        """p(x|z) while only the mean is trained."""
-        return self.head.mean_density(self.decoder(latent))
+    def density_around(self, mean: Tensor) -> DiagonalNormal:
+        """N(mean, mean_variance · I). mean: (B, C, H, W)"""
+        return DiagonalNormal(mean, self.mean_variance, check=False)

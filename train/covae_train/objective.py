@@ -1,85 +1,108 @@
-"""The bound and its constraints: SOS-VAE's Lagrangian (equation 3), per image.
+"""What a phase descends: the bound's terms, and constraints held by Lagrange multipliers (SOS-VAE's equation 3).
 
 The modified differential method of multipliers (Platt & Barr 1988) descends in the model's parameters θ and ascends in
 the multipliers λ of
 
-    L(θ, λ) = −E[log p(x|z)] + Σᵢ λᵢ gᵢ + ½ c Σᵢ gᵢ²,    gᵢ = (mean of term i over the batch) − targetᵢ,  λᵢ ≥ 0.
+    L(θ, λ) = objective + Σᵢ λᵢ gᵢ + ½ c Σᵢ gᵢ²,    gᵢ = (mean of term i over the batch) − targetᵢ,  λᵢ ≥ 0.
 
-The released code works on sums over its batch of 25: divided by the batch size B, its damping of 10 becomes 10·B = 250
-per nat per image and its multiplier step of 1 becomes B = 25. Written with means, these two numbers describe the same
-problem for every batch size.
-
-One term is ours: −s E[log N(x; μ, D)], what the first phase trains, stays on with a share s, the `mean_share` of the
-model's head. Without it next to nothing holds the mean along the factor's columns: an error there costs 1/(σ² + D), σ²
-being their own variance, where it costs 1/D elsewhere, and what is left of its gradient drowns in the others' noise.
+The released code of SOS-VAE works on sums over its batch of 25: divided by the batch size B, its damping of 10 becomes
+10·B = 250 per nat per image and its multiplier step of 1 becomes B = 25. Written with means, these two numbers describe
+the same problem for every batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from covae_core.densities import HasEntropy
 from covae_train.image_model import ImageModel
+from covae_train.posteriors import NormalPosterior
 
 
-class BoundTerms(NamedTuple):
-    """The parts of the evidence lower bound per image, in nats. shape of each: (B,)
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees.
 
-    mean_hold is no part of the bound but of the loss: the head's `mean_share` of log N(x; μ, D).
+    images: (B, C, H, W) in [0, 1]. noise: standard normals of each latent, (B, *shape). progress: how far the phase has
+    come, from 0 to 1, for whatever a loss anneals.
     """
 
+    images: Tensor
+    noise: Mapping[str, Tensor]
+    progress: float = 0.0
+
+
+class Terms(NamedTuple):
+    """What a loss yields. objective: a scalar to descend. log_prob, kl, entropy: the parts of the evidence lower bound
+    per image, in nats, (B,) each; entropy is 0 where the density has no closed form."""
+
+    objective: Tensor
     log_prob: Tensor
     kl: Tensor
     entropy: Tensor
-    mean_hold: Tensor = torch.zeros(())
 
     @property
     def bound(self) -> Tensor:
-        """The evidence lower bound (equation 1) with one sample of z."""
+        """The evidence lower bound (SOS-VAE eq. 1) with one sample of the latents."""
         return self.log_prob - self.kl
 
 
-def bound_terms(model: ImageModel, images: Tensor, noise: Tensor, *, mean_only: bool = False) -> BoundTerms:
-    """One-sample estimate of the bound's terms.
+@dataclass(frozen=True)
+class Constraint:
+    """A term of the bound held at a target, in nats per image."""
 
-    Args:
-        images: (B, C, H, W) in [0, 1]
-        noise: standard normal, (B, *latent_shape)
-        mean_only: hold the density's spread at its initial constant: the first phase of training
-    """
-    posterior = model.posterior(images)
-    latent = posterior.draw(noise)
-    density = model.mean_density(latent) if mean_only else model.density(latent)
-    terms = BoundTerms(density.log_prob(images), posterior.kl_to_prior(), density.entropy())
-    if mean_only or not model.head.mean_share:
-        return terms
-    return terms._replace(mean_hold=model.head.mean_share * model.head.density_around(density.mean).log_prob(images))
+    name: str
+    term: Callable[[Terms], Tensor]
+    target: float
+
+
+def encoded(model: ImageModel, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """A draw of each latent from its posterior, and the KL of all to their priors, (B,)."""
+    posteriors: Mapping[str, NormalPosterior] = model.posteriors(batch.images)
+    latents = {name: posterior.draw(batch.noise[name]) for name, posterior in posteriors.items()}
+    parts = [posterior.kl(model.prior(name)) for name, posterior in posteriors.items()]
+    return latents, torch.stack(parts).sum(0)
+
+
+def negative_bound(model: ImageModel, batch: Batch) -> Terms:
+    """The plain VAE's loss, −E[log p(x|z)] + KL[q(z|x) ‖ p(z)], all in sums over pixels and latents."""
+    latents, kl = encoded(model, batch)
+    density = model.density(latents, len(batch.images))
+    log_prob = density.log_prob(batch.images)
+    entropy = density.entropy() if isinstance(density, HasEntropy) else torch.zeros_like(log_prob)
+    return Terms((kl - log_prob).mean(), log_prob, kl, entropy)
 
 
 class Multipliers(nn.Module):
-    """One Lagrange multiplier for each constrained term. `targets` are in nats per image."""
+    """One Lagrange multiplier for each constraint; there may be none.
 
-    def __init__(self, targets: Mapping[str, float], damping: float) -> None:
+    Args:
+        damping: c, per nat per image
+    """
+
+    def __init__(self, constraints: Sequence[Constraint], damping: float) -> None:
         super().__init__()
-        self.targets = dict(targets)
+        self.constraints = tuple(constraints)
         self.damping = damping
-        self.values = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in targets})
+        self.values = nn.ParameterDict({item.name: nn.Parameter(torch.zeros(())) for item in constraints})
 
-    def lagrangian(self, terms: BoundTerms) -> Tensor:
+    def lagrangian(self, terms: Terms) -> Tensor:
         """L(θ, λ), to be descended in the model and ascended in the multipliers.
 
         A term that depends on no parameter (the entropy while only the mean is trained) has nothing to constrain: its
         multiplier gets no gradient and keeps its value.
         """
-        loss = -(terms.log_prob + terms.mean_hold).mean()
-        for name, multiplier in self.values.items():
-            term: Tensor = getattr(terms, name)
+        loss = terms.objective
+        for item in self.constraints:
+            term = item.term(terms)
             if term.requires_grad:
-                violation = term.mean() - self.targets[name]
-                loss = loss + multiplier * violation + 0.5 * self.damping * violation.square()
+                violation = term.mean() - item.target
+                loss = loss + self.values[item.name] * violation + 0.5 * self.damping * violation.square()
         return loss
 
     @torch.no_grad()

@@ -94,7 +94,13 @@ def load_config(folder: Path) -> RunConfig:
         raise CheckpointError(f"{path}: no configuration here; expected the folder of a `covae train` run")
     try:
         values = json.loads(path.read_text())
-        return find_family(values["family"]).config(**values)
+        if isinstance(values, dict) and "family" in values and "options" not in values:
+            raise CheckpointError(
+                f"{path}: it has no options: a version of Covae before 0.2 began this run; use that one, or train "
+                "again with another --run"
+            )
+        options = find_family(values["family"]).options(**values["options"])
+        return RunConfig(**{**values, "options": options})
     except KeyError as error:
         raise CheckpointError(f"{path}: the configuration is damaged (it lacks {error})") from error
     except ValidationError as error:
@@ -129,11 +135,12 @@ def load_run(folder: Path) -> TrainedRun:
     """Read a run to evaluate or export it.
 
     Raises:
-        CheckpointError: something is missing or damaged, or the model has not finished its mean-only phase.
+        CheckpointError: something is missing or damaged, or the run is still in a phase whose model is not usable.
     """
     config, checkpoint = load_config(folder), load_checkpoint(folder)
-    if checkpoint.state["phase"] == "mean":
-        raise CheckpointError(f"{folder}: this run is still in its mean-only phase; resume it with `covae train` first")
+    if not checkpoint.state["usable"]:
+        phase = checkpoint.state["phase"]
+        raise CheckpointError(f"{folder}: this run is still in its phase {phase!r}; resume it with `covae train` first")
     model = build_model(config)
     try:
         model.load_state_dict(checkpoint.part("model"))

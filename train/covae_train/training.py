@@ -1,11 +1,10 @@
-"""The training loop: two phases, constraints by multipliers, checkpoints that resume bit for bit.
+"""The training loop: phases, constraints by multipliers, checkpoints that resume bit for bit.
 
-Phase `mean` trains the mean alone, every pixel with the same constant variance; phase `all` trains everything. Each has
-its learning rate. At the switch Adam keeps what it knows: the moments of all parameters trained so far stay, because
-their gradients go on in the same directions and a reset would send every weight of a converged trunk a full step
-(± learning rate) away. The spread's parameters have had no gradient, so they have no moments, and Adam's bias
-correction, which torch counts per parameter, starts for them at the switch. Right before, the model's head may give
-them their first values, from what the first phase left of some training images.
+Each phase has its loss, its learning rate, the parameters that it trains, and something that may happen before its
+first step. Where one phase follows another Adam keeps what it knows: the moments of all parameters trained so far stay,
+because their gradients go on in the same directions and a reset would send every weight of a converged trunk a full
+step (± learning rate) away. Parameters that have had no gradient have no moments, and Adam's bias correction, which
+torch counts per parameter, starts for them when they first have one.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from covae_core.errors import InvalidArgument
+from covae_core.errors import NotFinite
 from covae_train.config import RunConfig
 from covae_train.data import ImageData
 from covae_train.errors import CheckpointError, DataError, TrainingError
 from covae_train.families import build_model, find_family
-from covae_train.objective import BoundTerms, Multipliers, bound_terms
+from covae_train.objective import Batch, Multipliers, Terms
+from covae_train.phases import PlannedPhase, plan
 from covae_train.records import Records
 from covae_train.run import (
     CHECKPOINT_FILE,
@@ -42,12 +42,15 @@ from covae_train.run import (
 from covae_train.threads import use_threads
 
 RECORD_EVERY_STEPS = 10
-# At most so many training images are shown to a head's `start_spread`.
-START_IMAGES = 1000
+CHECKPOINT_STEPS = 500
+# Images at a time where a phase sees all of them, and the batch of a family that has no steps.
+FIT_BATCH = 256
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 # Channels last is the faster layout. But fed fewer channels than this, torch's strided 1×1 convolutions then write past
 # their buffers in the backward pass (oneDNN issue 6035): wrong gradients, or a crash.
 MIN_CHANNELS_LAST = 16
+# Options that only prolong a run: a longer one continues it.
+PROLONGING = ("epochs",)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class StepReport:
 
     step: int
     epoch: int
-    mean_only: bool
+    phase: str
     seconds: float
     bound: float
     log_prob: float
@@ -64,11 +67,12 @@ class StepReport:
     entropy: float
     multipliers: dict[str, float]
 
-    def row(self) -> dict[str, float]:
-        """One row of `metrics.csv`."""
-        names = ("step", "epoch", "mean_only", "seconds", "bound", "log_prob", "kl", "entropy")
+    def row(self, phase_index: int) -> dict[str, float]:
+        """One row of `metrics.csv`; the phase by its number, as the columns are numbers."""
+        names = ("step", "epoch", "seconds", "bound", "log_prob", "kl", "entropy")
         values = {name: float(getattr(self, name)) for name in names}
-        return values | {f"multiplier_{name}": value for name, value in self.multipliers.items()}
+        multipliers = {f"multiplier_{name}": value for name, value in self.multipliers.items()}
+        return values | {"phase": float(phase_index)} | multipliers
 
 
 class Interrupted(KeyboardInterrupt):
@@ -79,49 +83,65 @@ class Trainer:
     """One run: its model, optimisers and position, kept in `folder`.
 
     Args:
-        folder: the run's folder; if it holds a run of the same configuration, that is resumed
+        folder: the run's folder; if it holds a run of the same configuration, that is resumed; if the configuration
+            differs in nothing but more epochs, it is extended
         device: torch's name of a device
+        threads: of the CPU. checkpoint_steps: how many lie between two checkpoints. Neither changes the result
 
     Raises:
+        InvalidArgument: the family cannot make such a model.
         CheckpointError: the folder holds a run of another configuration, other data or a damaged checkpoint.
         DataError: fewer than two training images.
     """
 
-    def __init__(self, config: RunConfig, data: ImageData, folder: Path, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: ImageData,
+        folder: Path,
+        device: str = "cpu",
+        *,
+        threads: int = 1,
+        checkpoint_steps: int = CHECKPOINT_STEPS,
+    ) -> None:
         if len(data.train) < 2:
             raise DataError(f"{data.name}: found {len(data.train)} training image; expected at least 2")
         self.config, self.data, self.folder = config, data, folder
-        self.device = torch.device(device)
-        use_threads(config.threads)
+        self.device, self.checkpoint_steps = torch.device(device), checkpoint_steps
+        use_threads(threads)
         torch.manual_seed(config.seed)
-        narrow = min(config.widths) < MIN_CHANNELS_LAST
-        self.layout = torch.contiguous_format if narrow else torch.channels_last
-        self.model = build_model(config).to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
-        self.multipliers = Multipliers(find_family(config.family).targets(config), config.damping).to(self.device)
-        self.adam = torch.optim.Adam(self.model.parameters())
-        self.dual = torch.optim.SGD(self.multipliers.parameters(), lr=config.multiplier_lr, maximize=True)
+        family = find_family(config.family)
+        model = build_model(config).to(self.device)
+        self.layout = torch.contiguous_format if is_narrow(model) else torch.channels_last
+        self.model = model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        held = family.constraints(config)
+        self.multipliers = Multipliers(held.items, held.damping).to(self.device)
+        self.adam = torch.optim.Adam(self.model.parameters()) if list(self.model.parameters()) else None
+        duals = list(self.multipliers.parameters())
+        self.dual = torch.optim.SGD(duals, lr=held.learning_rate, maximize=True) if duals else None
         self.random = torch.Generator().manual_seed(config.seed)
-        self.batch_size = min(config.batch_size, len(data.train))
+        self.batch_size = min(getattr(config.options, "batch_size", FIT_BATCH), len(data.train))
         self.steps_per_epoch = len(data.train) // self.batch_size
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.phases = list(family.phases(config))
+        self.plan = plan(self.phases, self.steps_per_epoch)
+        self.total_steps = self.plan[-1].stop
+        self.epochs = sum(phase.epochs for phase in self.phases)
         self.step, self.seconds, self.saved_step = 0, 0.0, -1
+        self.extended_from: int | None = None
+        self._begun: list[str] = []
+        self._entered: str | None = None
         self._data_digest = data.digest
         self._open_folder()
 
     @property
     def finished(self) -> bool:
-        """All epochs are done."""
-        return self.step >= self.total_steps
+        """All steps are done, and every phase has begun."""
+        return self.step >= self.total_steps and not self._due()
 
     @property
-    def mean_only(self) -> bool:
-        """The next step belongs to the first phase."""
-        return self.step < self._switch
-
-    @property
-    def _switch(self) -> int:
-        """The first step of phase `all`."""
-        return self.config.mean_epochs * self.steps_per_epoch
+    def planned(self) -> PlannedPhase:
+        """The phase of the next step, or the last one."""
+        return next((item for item in self.plan if self.step < item.stop), self.plan[-1])
 
     def fit(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
         """Train to the end, from wherever the run stands; SIGINT and SIGTERM save and stop.
@@ -130,22 +150,27 @@ class Trainer:
             TrainingError: a loss is not finite; the last good checkpoint stays.
             Interrupted: a signal came; the checkpoint is up to date.
         """
-        columns = list(StepReport(0, 0, True, 0, 0, 0, 0, 0, dict.fromkeys(self.multipliers.values, 0.0)).row())
-        records = Records(self.folder / METRICS_FILE, self.folder / "tensorboard", columns, self.step)
+        empty = StepReport(0, 0, "", 0, 0, 0, 0, 0, dict.fromkeys(self.multipliers.values, 0.0))
+        records = Records(self.folder / METRICS_FILE, self.folder / "tensorboard", list(empty.row(0)), self.step)
         with records, _stop_requests() as stop:
             while not self.finished:
+                self._begin_what_is_due()
                 for batch in self._batches_left_in_epoch():
+                    phase = self.plan.index(self.planned)
                     report = self._train_step(batch)
-                    if self.step % RECORD_EVERY_STEPS == 0 or self.finished:
-                        records.add(report.row())
-                    if self.step % self.config.checkpoint_steps == 0 or stop.is_set():
+                    if self.step % RECORD_EVERY_STEPS == 0 or self.step == self.total_steps:
+                        records.add(report.row(phase))
+                    if self.step % self.checkpoint_steps == 0 or stop.is_set():
                         self.save()
                     on_step(report)
                     if stop.is_set():
                         raise Interrupted(f"stopped at step {self.step}; the same command resumes from {self.folder}")
+                self._begin_what_is_due()
             self.save()
 
     def _batches_left_in_epoch(self) -> Iterator[Tensor]:
+        if self.step >= self.total_steps:
+            return
         epoch, done = divmod(self.step, self.steps_per_epoch)
         shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.data.train), generator=shuffle)
@@ -164,54 +189,71 @@ class Trainer:
         """Bytes as floats on [0, 1], where and how the model wants them."""
         return (images.to(self.device).float() / 255).contiguous(memory_format=self.layout)
 
+    def _noise(self, rows: int, random: torch.Generator) -> dict[str, Tensor]:
+        shapes = self.model.latents.items()
+        return {name: torch.randn(rows, *shape, generator=random).to(self.device) for name, shape in shapes}
+
     def _train_step(self, images: Tensor) -> StepReport:
         start = time.perf_counter()
-        mean_only = self.mean_only
-        noise = torch.randn(len(images), *self.model.latent_shape, generator=self.random).to(self.device)
+        planned = self.planned
+        self._enter(planned)
+        progress = (self.step - planned.start) / max(planned.stop - planned.start, 1)
+        batch = Batch(images, self._noise(len(images), self.random), progress)
+        assert planned.phase.loss is not None
+        assert self.adam is not None
+        # What a layer draws by itself, as dropout does, depends on the step alone: a resumed run draws the same.
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         try:
-            if self.step == self._switch > 0:
-                self._start_spread()
             self.model.train()
-            terms = bound_terms(self.model, images, noise, mean_only=mean_only)
-        except InvalidArgument as error:  # a density whose parameters left the finite numbers
+            terms = planned.phase.loss(self.model, batch)
+        except NotFinite as error:  # a density whose parameters left the finite numbers
             raise self._not_finite(str(error)) from error
         loss = self.multipliers.lagrangian(terms)
         if not torch.isfinite(loss):
             raise self._not_finite(f"the loss is {loss.item()}")
         self.adam.zero_grad()
-        self.dual.zero_grad()
+        self.multipliers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self.adam.param_groups[0]["lr"] = self.config.mean_learning_rate if mean_only else self.config.learning_rate
+        self.adam.param_groups[0]["lr"] = planned.phase.learning_rate
         self.adam.step()
-        self.dual.step()
-        self.multipliers.project()
+        if self.dual is not None:
+            self.dual.step()
+            self.multipliers.project()
         epoch = self.step // self.steps_per_epoch
         self.step += 1
         self.seconds += time.perf_counter() - start
-        return self._report(terms, epoch, mean_only)
+        return self._report(terms, epoch, planned.phase.name)
+
+    def _enter(self, planned: PlannedPhase) -> None:
+        """Let those parameters learn that the phase trains."""
+        if self._entered == planned.key:
+            return
+        self._entered = planned.key
+        chosen = None if planned.phase.trains is None else {id(p) for p in planned.phase.trains(self.model)}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(chosen is None or id(parameter) in chosen)
+
+    def _due(self) -> list[PlannedPhase]:
+        return [item for item in self.plan if item.start == self.step and item.key not in self._begun]
 
     @torch.no_grad()
-    def _start_spread(self) -> None:
-        """Let the head begin phase `all` from what phase `mean` left: the same whenever it is done before that step."""
-        random = torch.Generator().manual_seed(self.config.seed)
-        chosen = torch.randperm(len(self.data.train), generator=random)[:START_IMAGES]
-        self.model.eval()
+    def _begin_what_is_due(self) -> None:
+        """Let the phases that begin at this step do so, from what those before left; the same at every resumption."""
+        for item in self._due():
+            if item.phase.begin is not None:
+                start = time.perf_counter()
+                self.model.eval()
+                item.phase.begin(self.model, _TrainingImages(self))
+                self.seconds += time.perf_counter() - start
+            self._begun.append(item.key)
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for rows in torch.split(chosen, self.batch_size):
-                images = self._scaled(self.data.train[rows])
-                noise = torch.randn(len(rows), *self.model.latent_shape, generator=random).to(self.device)
-                yield self.model.decoder(self.model.posterior(images).draw(noise)), images
-
-        self.model.head.start_spread(batches())
-
-    def _report(self, terms: BoundTerms, epoch: int, mean_only: bool) -> StepReport:
+    def _report(self, terms: Terms, epoch: int, phase: str) -> StepReport:
         with torch.no_grad():
             bound, log_prob, kl, entropy = (
                 value.double().mean().item() for value in (terms.bound, terms.log_prob, terms.kl, terms.entropy)
             )
         multipliers = {name: value.item() for name, value in self.multipliers.values.items()}
-        return StepReport(self.step, epoch, mean_only, self.seconds, bound, log_prob, kl, entropy, multipliers)
+        return StepReport(self.step, epoch, phase, self.seconds, bound, log_prob, kl, entropy, multipliers)
 
     def _not_finite(self, what: str) -> TrainingError:
         kept = (
@@ -220,7 +262,7 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         return TrainingError(
             f"step {self.step} (epoch {epoch}): {what}. Last good checkpoint: {kept}. "
-            "Try a lower --learning-rate or more --mean-epochs"
+            "Try a lower --learning-rate, or a longer first phase if the family has one"
         )
 
     def _open_folder(self) -> None:
@@ -232,10 +274,30 @@ class Trainer:
                 raise CheckpointError(f"{self.folder}: cannot be made a run's folder ({error})") from error
             return
         found = load_config(self.folder)
-        if found != self.config:
+        started = (self.folder / CHECKPOINT_FILE).exists()
+        if found != self.config and not self._prolongs(found, started):
             raise CheckpointError(f"{self.folder}: {_differences(found, self.config)}; choose another --run")
-        if (self.folder / CHECKPOINT_FILE).exists():
+        if started:
             self._restore(load_checkpoint(self.folder))
+        if found != self.config:
+            self.config.save(self.folder / CONFIG_FILE)
+
+    def _prolongs(self, found: RunConfig, started: bool) -> bool:
+        """Whether this configuration is that of the run found, with more epochs of its last phase that trains."""
+        ours, theirs = _flat(self.config), _flat(found)
+        differing = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+        if not differing or not differing <= set(PROLONGING) or ours.keys() != theirs.keys():
+            return False
+        before = list(find_family(found.family).phases(found))
+        lengths = [(phase.name, phase.epochs) for phase in before]
+        now = [(phase.name, phase.epochs) for phase in self.phases]
+        changed = [index for index, pair in enumerate(zip(lengths, now, strict=True)) if pair[0] != pair[1]]
+        last = max(index for index, phase in enumerate(before) if phase.epochs)
+        if changed != [last] or now[last][1] <= lengths[last][1]:
+            return False
+        if started:
+            self.extended_from = sum(phase.epochs for phase in before)
+        return True
 
     def save(self) -> None:
         """Write the checkpoint, atomically.
@@ -248,12 +310,16 @@ class Trainer:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"multipliers.{name}": value for name, value in self.multipliers.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            for key, value in self.adam.state.get(parameter, {}).items():
+            for key, value in self._adam_state(parameter).items():
                 tensors[f"adam.{name}.{key}"] = value
         tensors["random"] = self.random.get_state()
+        entered = [item for item in self.plan if item.start < self.step or item.key in self._begun]
+        before = (entered or self.plan[:1])[-1]
         state = {
             "step": self.step,
-            "phase": "mean" if self.step <= self._switch else "all",
+            "phase": before.phase.name,
+            "usable": (before.phase.usable and self.step > 0) or self.finished,
+            "begun": self._begun,
             "finished": self.finished,
             "seconds": self.seconds,
             "steps_per_epoch": self.steps_per_epoch,
@@ -261,6 +327,9 @@ class Trainer:
         }
         save_checkpoint(self.folder, Checkpoint(tensors, state))
         self.saved_step = self.step
+
+    def _adam_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {} if self.adam is None else self.adam.state.get(parameter, {})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.state["data_digest"] != self._data_digest:
@@ -273,9 +342,11 @@ class Trainer:
         except (RuntimeError, KeyError) as error:
             raise CheckpointError(f"{self.folder / CHECKPOINT_FILE}: it does not fit {CONFIG_FILE}: {error}") from error
         self.step = self.saved_step = checkpoint.state["step"]
-        self.seconds = checkpoint.state["seconds"]
+        self.seconds, self._begun = checkpoint.state["seconds"], list(checkpoint.state["begun"])
 
     def _restore_adam(self, tensors: dict[str, Tensor]) -> None:
+        if self.adam is None:
+            return
         for name, parameter in self.model.named_parameters():
             if f"{name}.step" in tensors:
                 state = {key: tensors[f"{name}.{key}"] for key in ADAM_STATE}
@@ -285,8 +356,41 @@ class Trainer:
                 self.adam.state[parameter] = state
 
 
+class _TrainingImages:
+    """See `covae_train.phases.TrainingImages`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """At most `limit` images, chosen at random, as the steps see them, with noise for the latents."""
+        trainer = self._trainer
+        random = torch.Generator().manual_seed(trainer.config.seed)
+        chosen = torch.randperm(len(trainer.data.train), generator=random)[:limit]
+        for rows in torch.split(chosen, trainer.batch_size):
+            images = trainer._scaled(trainer.data.train[rows])
+            yield Batch(images, trainer._noise(len(rows), random))
+
+    def images(self) -> Iterator[Tensor]:
+        """All images once, in their order, (B, C, H, W) in [0, 1] each."""
+        for rows in torch.split(self._trainer.data.train, FIT_BATCH):
+            yield self._trainer._scaled(rows)
+
+
+def is_narrow(model: nn.Module) -> bool:
+    """Whether a convolution inside the network has fewer channels than MIN_CHANNELS_LAST."""
+    inside = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)]
+    return min((module.out_channels for module in inside), default=0) < MIN_CHANNELS_LAST
+
+
+def _flat(config: RunConfig) -> dict[str, object]:
+    values = config.model_dump()
+    options = values.pop("options")
+    return {**values, **options}
+
+
 def _differences(found: RunConfig, wanted: RunConfig) -> str:
-    ours, theirs = found.model_dump(), wanted.model_dump()
+    ours, theirs = _flat(found), _flat(wanted)
     names = [name for name in theirs | ours if ours.get(name) != theirs.get(name)]
     changed = ", ".join(f"{name} = {ours.get(name)!r} (asked for: {theirs.get(name)!r})" for name in names)
     return f"it holds a run with {changed}"

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
 from covae_apps.demo.tour import Images, Tour
-from covae_core.contract import Operation
 from covae_core.images import contact_sheet
 
 COLOURS = ("#0b6e99", "#d9730d")
@@ -120,7 +119,7 @@ def latency_boxes(tours: Sequence[Tour]) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.8, 2.8), layout="constrained")
         axis = figure.subplots()
-        operations = list(Operation)
+        operations = list(tours[0].latencies_s)
         for index, (tour, colour) in enumerate(zip(tours, COLOURS, strict=False)):
             offset = (index - (len(tours) - 1) / 2) * 0.3
             boxes = axis.boxplot(
@@ -134,7 +133,7 @@ def latency_boxes(tours: Sequence[Tour]) -> bytes:
                 boxprops={"facecolor": colour, "alpha": 0.75},
             )
             boxes["boxes"][0].set_label(tour.name)
-        axis.set_xticks(range(len(operations)), [operation.value for operation in operations])
+        axis.set_xticks(range(len(operations)), operations)
         axis.set_ylim(bottom=0)
         axis.set_ylabel("milliseconds")
         axis.legend(frameon=False)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from covae_apps.demo import figures
 from covae_apps.demo.tour import SAMPLES, SCORE_SAMPLES, SWEEP, Edit, Images, Tour
-from covae_core.contract import Operation
 from covae_core.images import channels_last, contact_sheet, encode_png
 from covae_train.data import ImageData
 
@@ -210,13 +209,13 @@ def _scores(tours: Sequence[Tour]) -> str:
 def _latencies(tours: Sequence[Tour]) -> str:
     heads = "".join(f"<th>{escape(tour.name)}: median</th><th>95th percentile</th>" for tour in tours)
     rows = []
-    for operation in Operation:
+    for operation in tours[0].latencies_s:
         cells = "".join(
             f"<td>{1000 * np.median(tour.latencies_s[operation]):.1f} ms</td>"
             f"<td>{1000 * np.quantile(tour.latencies_s[operation], 0.95):.1f} ms</td>"
             for tour in tours
         )
-        rows.append(f"<tr><td>{operation.value}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{operation}</td>{cells}</tr>")
     count = len(next(iter(tours[0].latencies_s.values())))
     return _section(
         "Latency",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +17,21 @@ from rich.table import Table
 from covae_apps.demo.page import SummaryRow, write_page
 from covae_apps.demo.tour import SCORE_SAMPLES, Tour, take_tour
 from covae_client import Client, Model
-from covae_core.contract import ModelSpec, Operation
+from covae_client.commands import check_writable
+from covae_core.contract import ModelSpec, served_name
 from covae_core.errors import CovaeError
 from covae_core.images import channels_last
+from covae_core.operations import OPERATIONS
 from covae_export.exporting import export_run
 from covae_serving.installation import find_installation
 from covae_serving.repository import read_model
 from covae_serving.service import Service
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData, load_images
-from covae_train.evaluation import lag1_autocorrelation, mean_error
+from covae_train.families.sos_vae import SosVaeOptions
+from covae_train.measures.coherence import lag1_autocorrelation
+from covae_train.measures.reconstruction import mean_error
+from covae_train.measures.training_time import seconds_per_epoch
 from covae_train.run import TrainedRun, has_run, load_run
 from covae_train.training import Trainer
 
@@ -54,16 +60,27 @@ class Places:
     page: Path = Path("demo/index.html")
 
 
-def run_demo(data: str, places: Places, console: Console) -> Path:
+def run_demo(
+    data: str,
+    places: Places,
+    console: Console,
+    *,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> Path:
     """Do the main job on one data set; returns the page.
+
+    image_size, channels: as `load_images` takes them.
 
     Raises:
         CovaeError: of whichever step fails; what was done before stays and is reused.
     """
     started = time.perf_counter()
-    find_installation()  # Whoever has no Triton to serve with should know before the training.
+    # What would be missing at the end should be known before the training.
+    find_installation()
+    check_writable(places.page)
     console.rule("1  data")
-    images = load_images(data)
+    images = load_images(data, image_size, channels)
     name = Path(data).stem
     console.print(f"{name}: {len(images.train):,} images to train on, {len(images.held_out):,} held out")
     runs = [_train(family, name, images, places, console) for family in FAMILIES]
@@ -98,23 +115,27 @@ def _export(run: TrainedRun, repository: Path, console: Console) -> None:
         return
     with console.status("exporting") as status:
         exported = export_run(
-            run, repository, on_operation=lambda operation: status.update(f"exporting and checking {operation.value}")
+            run, repository, on_operation=lambda operation: status.update(f"exporting and checking {operation.name}")
         )
     worst = max(exported.disagreements, key=lambda item: item.error / item.tolerance)
     console.print(
-        f"{exported.name} version {exported.version}: five graphs agree with torch; the largest error, of "
-        f"{worst.operation.value}.{worst.output}, is {worst.error:.2g} (allowed: {worst.tolerance:g})"
+        f"{exported.name} version {exported.version}: its graphs agree with torch; the largest error, of "
+        f"{worst.operation.name}.{worst.output}, is {worst.error:.2g} (allowed: {worst.tolerance:g})"
     )
 
 
 def _published_digest(repository: Path, name: str) -> str | None:
-    """The checkpoint that all five operations of a model were exported from; None if they are not all there."""
+    """The checkpoint that all operations of a model were exported from; None if they are not all there."""
     try:
-        served = [read_model(repository, name, operation) for operation in Operation]
-        digests = {ModelSpec.from_config(model.config).run_digest for model in served}
+        found = [
+            read_model(repository, name, one) for one in OPERATIONS if (repository / served_name(name, one)).is_dir()
+        ]
+        specs = [ModelSpec.from_config(model.config) for model in found]
     except CovaeError:
         return None
-    return digests.pop() if len(digests) == 1 else None
+    whole = bool(specs) and {model.operation for model in found} == set(specs[0].operations)
+    digests = {spec.run_digest for spec in specs}
+    return digests.pop() if whole and len(digests) == 1 else None
 
 
 def _use(runs: Sequence[TrainedRun], images: ImageData, repository: Path, console: Console) -> list[Tour]:
@@ -135,7 +156,7 @@ def _tour(model: Model, held_out: NDArray[np.uint8], say: object) -> Tour:
 
 def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour]) -> list[SummaryRow]:
     scores = [tour.scores["held out"] for tour in tours]
-    floor = runs[0].config.variance
+    floor = cast(SosVaeOptions, runs[0].config.options).variance
     return [
         SummaryRow(
             "lag-1 autocorrelation of sample − mean",
@@ -159,15 +180,13 @@ def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour
             [f"{s.elbo.mean():,.0f}" for s in scores],
             "The evidence lower bound of the same images.",
         ),
-        SummaryRow(
-            "seconds per epoch of training", [f"{run.state['seconds'] / run.config.epochs:.2f}" for run in runs]
-        ),
+        SummaryRow("seconds per epoch of training", [f"{seconds_per_epoch(run):.2f}" for run in runs]),
         *(
             SummaryRow(
-                f"{operation.value}: median ms, one image",
+                f"{operation}: median ms, one image",
                 [f"{1000 * np.median(tour.latencies_s[operation]):.1f}" for tour in tours],
             )
-            for operation in Operation
+            for operation in tours[0].latencies_s
         ),
     ]
 

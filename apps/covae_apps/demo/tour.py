@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covae_client import Model, Scores
-from covae_core.contract import Operation
-from covae_core.densities import Density, slerp
+from covae_core.densities import Density, HasComponents, slerp
 from covae_core.images import to_uint8
 
 SAMPLES = 24
@@ -53,7 +52,7 @@ class Tour:
     covariance: NDArray[np.floating[Any]]
     pixel: tuple[int, int]
     scores: dict[str, Scores]
-    latencies_s: dict[Operation, NDArray[np.float64]]
+    latencies_s: dict[str, NDArray[np.float64]]
 
 
 def take_tour(model: Model, held_out: Images, say: Callable[[str], None]) -> Tour:
@@ -74,9 +73,9 @@ def take_tour(model: Model, held_out: Images, say: Callable[[str], None]) -> Tou
         family=model.spec.family,
         samples=samples,
         mean=_image(density.mean),
-        draws=_image(density.sample(8, seed=1)),
-        interpolation=_interpolate(density) if density.rank else None,
-        sweep=_sweep(density) if density.rank else None,
+        draws=model.draw(latent, 8, seed=1),
+        interpolation=_interpolate(density) if isinstance(density, HasComponents) else None,
+        sweep=_sweep(density) if isinstance(density, HasComponents) else None,
         edit=edit,
         deviation=deviation,
         covariance=density.covariance_with((0, *pixel))[0],
@@ -98,7 +97,7 @@ def _most_uncertain(deviation: NDArray[np.floating[Any]]) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def _interpolate(density: Density) -> Images:
+def _interpolate(density: Any) -> Images:
     """A GRID×GRID grid of images between four corners: great circles down both sides, then across."""
     corners = np.random.default_rng(5).standard_normal((4, density.rank))
     left, right = slerp(corners[0], corners[2], GRID), slerp(corners[1], corners[3], GRID)
@@ -106,7 +105,7 @@ def _interpolate(density: Density) -> Images:
     return _image(np.stack(rows))
 
 
-def _sweep(density: Density) -> Images:
+def _sweep(density: Any) -> Images:
     """The largest components one by one, all others at 0, at the scales of SWEEP times the component's own size."""
     components = density.components()[:SWEPT_COMPONENTS]
     return _image(density.mean + SWEEP[:, None, None, None] * components[:, None])
@@ -122,7 +121,7 @@ def _edit(model: Model, latent: NDArray[np.float32], density: Density, pixel: tu
     mask[row : row + 2, column : column + 2] = True
     patch = np.argwhere(np.broadcast_to(mask, density.mean.shape))
     covariance = np.array([density.covariance_with(place)[tuple(patch.T)] for place in patch])
-    if density.rank:
+    if isinstance(density, HasComponents):
         variances, directions = np.linalg.eigh(covariance)
         step = 3 * np.sqrt(variances[-1]) * directions[:, -1]
     else:  # independent pixels vary together in no direction
@@ -144,14 +143,15 @@ def _score(model: Model, held_out: Images) -> dict[str, Scores]:
     return {name: model.score(np.ascontiguousarray(x), num_samples=SCORE_SAMPLES) for name, x in sets.items()}
 
 
-def _time(model: Model, latent: NDArray[np.float32], image: Images, edit: Edit) -> dict[Operation, NDArray[np.float64]]:
+def _time(model: Model, latent: NDArray[np.float32], image: Images, edit: Edit) -> dict[str, NDArray[np.float64]]:
     """Seconds of single-row requests, one after another, after one that does not count."""
-    calls: dict[Operation, Callable[[int], object]] = {
-        Operation.DECODE: lambda index: model.decode(latent),
-        Operation.ENCODE: lambda index: model.encode(image),
-        Operation.SAMPLE: lambda index: model.sample(1, start=index),
-        Operation.CONDITION: lambda index: model.condition(latent, edit.mask, edit.pixels, start=index),
-        Operation.SCORE: lambda index: model.score(image, num_samples=model.spec.score_samples),
+    calls: dict[str, Callable[[int], object]] = {
+        "decode": lambda index: model.decode(latent),
+        "encode": lambda index: model.encode(image),
+        "sample": lambda index: model.sample(1, start=index),
+        "draw": lambda index: model.draw(latent, 8, start=index),
+        "condition": lambda index: model.condition(latent, edit.mask, edit.pixels, start=index),
+        "score": lambda index: model.score(image, num_samples=model.spec.score_samples),
     }
     return {operation: _seconds(call) for operation, call in calls.items()}
 

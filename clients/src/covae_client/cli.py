@@ -17,7 +17,7 @@ from covae_client.errors import CovaeError, InvalidArgument
 
 COMMAND_GROUP = "covae.commands"
 # Known by name even where the package that brings them is not installed.
-COVAE_COMMANDS = ("train", "evaluate", "export", "serve", "bench", "demo")
+COVAE_COMMANDS = ("train", "evaluate", "report", "gallery", "export", "serve", "bench", "demo")
 # No package index has Covae; whoever took its name there would be a stranger.
 INSTALL_COVAE = "this environment has its client alone; run `pip install ./clients .` in a checkout of Covae"
 INTERRUPTED = 130
@@ -78,7 +78,8 @@ def _loaded(entry: EntryPoint) -> Any:
             entry.name, f"{entry.name} cannot be loaded: {error}; reinstall the covae package", exit_code=1
         )
     if not isinstance(command, typer.Typer):
-        function, command = command, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        function = command
+        command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
         command.command(name=entry.name)(function)
     loaded = typer.main.get_command(command)
     loaded.name = entry.name
@@ -112,6 +113,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -199,6 +201,12 @@ def edit(
     noise_seed: Annotated[
         int | None, typer.Option("--noise-seed", help="Seed of the drawn images' noise; by default --seed.")
     ] = None,
+    softness: Annotated[
+        float,
+        typer.Option(
+            "--softness", min=0.0, help="Standard deviation of the fixed pixels, of their range 0 to 1; 0 fixes them."
+        ),
+    ] = 0.0,
     out: Annotated[Path, typer.Option("--out", help="The folder for mean.png, sample-0.png, …")] = Path("edits"),
     server: Server = "localhost:8001",
     timeout: RequestTimeout = 60.0,
@@ -207,7 +215,7 @@ def edit(
     from covae_client import commands
 
     with commands.open_model(name, server, timeout) as model:
-        place = commands.edit(
+        edited = commands.edit(
             model,
             edit_file,
             seed=seed,
@@ -215,9 +223,12 @@ def edit(
             image=image,
             samples=samples,
             noise_seed=seed if noise_seed is None else noise_seed,
+            softness=softness,
             out=out,
         )
-    typer.echo(f"mean.png and {commands.counted(samples, 'sample')}: {place}")
+    typer.echo(f"mean.png and {commands.counted(samples, 'sample')}: {edited.folder}")
+    if edited.advice:
+        typer.echo(f"{typer.style('warning:', fg='yellow', bold=True)} {edited.advice}", err=True)
 
 
 @app.command()

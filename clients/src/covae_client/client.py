@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
 
-from covae_client.errors import ConnectionFailed, InvalidArgument, NotFound, ServerFault
+from covae_client.catalogue import find_model
+from covae_client.errors import ConnectionFailed, InvalidArgument
 from covae_client.model import Model
 from covae_client.retry import Retry, Timeout
-from covae_client.transport import Endpoint, Tls, Transport
-from covae_core.contract import ModelSpec, Operation
+from covae_client.transport import Settings, Tls, Transport
+from covae_core.operations import OPERATIONS, split_served_name
 
 DEFAULT_ADDRESS = "localhost:8001"
 # HOST:PORT, an IPv6 address in brackets; gRPC takes prefixes as dns:/// and ipv4:, and sockets as unix:PATH.
+HEADER = re.compile(r"[0-9a-z_.-]+")
 ADDRESS = re.compile(r"unix:\S+|(dns:///|dns:|ipv4:|ipv6:)?(\[[0-9A-Fa-f:.%]+\]|[^\s/:\[\]]+):[0-9]{1,5}")
 
 
@@ -27,27 +29,28 @@ class Client:
             images = client.model("digits-sos-vae").sample(16, seed=0)
 
     address: HOST:PORT of the server's gRPC endpoint; `dns:///HOST:PORT` spreads requests over all hosts of that name.
-    timeout, retry: see `Timeout` and `Retry`. tls: None for plain text. headers: sent along with every request, names
-    in lower case, for example credentials.
+    timeout: a `Timeout`, or seconds for one request with all its retries. retry: a `Retry`, or how many attempts.
+    tls: None for plain text. headers: sent along with every request, for example credentials; gRPC has their names in
+    lower case.
 
     Raises:
-        InvalidArgument: the address is empty, or a file of `tls` cannot be read.
+        InvalidArgument: the address is no HOST:PORT, timeout or retry is of another kind, a header's name cannot be
+            sent, or a file of `tls` cannot be read.
     """
 
     def __init__(
         self,
         address: str = DEFAULT_ADDRESS,
         *,
-        timeout: Timeout | None = None,
-        retry: Retry | None = None,
+        timeout: Timeout | float | None = None,
+        retry: Retry | int | None = None,
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        if not ADDRESS.fullmatch(address):
-            raise InvalidArgument(f"address: found {address!r}, expected HOST:PORT, for example {DEFAULT_ADDRESS}")
-        self._transport = Transport(
-            address, timeout=timeout or Timeout(), retry=retry or Retry(), tls=tls, headers=headers or {}
-        )
+        self._transport = Transport(checked_settings(address, timeout, retry, tls, headers))
+
+    def __repr__(self) -> str:
+        return f"<Client of {self._transport.address}>"
 
     def __enter__(self) -> Client:
         return self
@@ -70,30 +73,10 @@ class Client:
             ServerFault: its operations come from different training runs.
             ServerError: the server does not answer, or not in time.
         """
-        configs = {operation: config for operation in Operation if (config := self._config(name, operation))}
-        if not configs:
-            raise NotFound(
-                f"{name}: {self._transport.address} serves no operation of a model of this name; check the name, or "
-                f"serve it with `covae serve {name}`"
-            )
-        specs = {operation: ModelSpec.from_config(config) for operation, config in configs.items()}
-        spec = next(iter(specs.values()))
-        if any(other != spec for other in specs.values()):
-            runs = ", ".join(f"{operation.value} {other.run_digest}" for operation, other in specs.items())
-            raise ServerFault(f"{name}: its operations come from different training runs ({runs}); export it again")
-        endpoints = {operation: _endpoint(name, operation, spec, config) for operation, config in configs.items()}
+        found = self._transport.run(find_model(name, self._transport.address))
+        return Model(name, found.spec, found.endpoints, self._transport)
 
-        def look_again(operation: Operation) -> Endpoint | None:
-            config = self._config(name, operation)
-            if config is None:
-                return None
-            if ModelSpec.from_config(config) != spec:
-                raise ServerFault(f"{name}: the server now has another training run of it; open the model again")
-            return _endpoint(name, operation, spec, config)
-
-        return Model(name, spec, endpoints, self._transport, look_again)
-
-    def models(self) -> dict[str, tuple[Operation, ...]]:
+    def models(self) -> dict[str, tuple[str, ...]]:
         """Names of the served models, sorted, each with its operations.
 
         Servers that `covae serve` starts keep this list to themselves; any client may still open a model whose name
@@ -109,25 +92,54 @@ class Client:
                 f"{error}. If the server runs, it keeps its list of models to itself, as `covae serve` has it: open a "
                 "model by its name, or pass the server's key in Client(headers=…)"
             ) from error
-        found: dict[str, list[Operation]] = {}
+        found: dict[str, list[str]] = {}
         for entry in index.models:
-            parts = Operation.parse(entry.name)
+            parts = split_served_name(entry.name)
             if parts and entry.state == "READY":
                 found.setdefault(parts[0], []).append(parts[1])
-        return {name: tuple(operation for operation in Operation if operation in found[name]) for name in sorted(found)}
-
-    def _config(self, name: str, operation: Operation) -> Any:
-        """The config of one operation; None if it is not served: readiness says so without an error."""
-        served = operation.model_name(name)
-        if not self._transport.call(served, "is_model_ready", served):
-            return None
-        try:
-            return self._transport.call(served, "get_model_config", served, retry=Retry(attempts=1)).config
-        except NotFound:  # its process has just died
-            return None
+        return {
+            name: tuple(operation for operation in OPERATIONS if operation in found[name]) for name in sorted(found)
+        }
 
 
-def _endpoint(name: str, operation: Operation, spec: ModelSpec, config: Any) -> Endpoint:
-    return Endpoint(
-        operation.model_name(name), spec.inputs(operation), spec.outputs(operation), max(1, config.max_batch_size)
-    )
+def checked_settings(
+    address: str,
+    timeout: Timeout | float | None,
+    retry: Retry | int | None,
+    tls: Tls | None,
+    headers: Mapping[str, str] | None,
+) -> Settings:
+    """How to reach a server, from what a user gave.
+
+    Raises:
+        InvalidArgument: see `Client`.
+    """
+    if not ADDRESS.fullmatch(address):
+        raise InvalidArgument(f"address: found {address!r}, expected HOST:PORT, for example {DEFAULT_ADDRESS}")
+    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(headers or {}))
+
+
+def _timeout(given: Timeout | float | None) -> Timeout:
+    if given is None or isinstance(given, Timeout):
+        return given or Timeout()
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise InvalidArgument(f"timeout: found {given!r}, expected seconds or a Timeout")
+    whole = Timeout(request_s=given)
+    return replace(whole, connect_s=min(whole.connect_s, whole.request_s))
+
+
+def _retry(given: Retry | int | None) -> Retry:
+    if given is None or isinstance(given, Retry):
+        return given or Retry()
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise InvalidArgument(f"retry: found {given!r}, expected how many attempts, or a Retry")
+    return Retry(attempts=given)
+
+
+def _headers(given: Mapping[str, str]) -> dict[str, str]:
+    for name, value in given.items():
+        if not isinstance(name, str) or not HEADER.fullmatch(name.lower()):
+            raise InvalidArgument(f"headers: found the name {name!r}, expected letters, digits, '-', '_' and '.'")
+        if not isinstance(value, str) or not value.isascii() or not value.isprintable():
+            raise InvalidArgument(f"headers: found {value!r} for {name}, expected printable ASCII text")
+    return {name.lower(): value for name, value in given.items()}

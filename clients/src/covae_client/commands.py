@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,7 +25,7 @@ from rich.text import Text
 from covae_client.arguments import MAX_INDEX, integer
 from covae_client.client import Client
 from covae_client.errors import ImageFileError, InvalidArgument
-from covae_client.model import Model
+from covae_client.model import BeyondReach, Conditioned, Model
 from covae_client.retry import Timeout
 from covae_core.images import contact_sheet, encode_png, find_images, fit_image, load_edit, open_image
 
@@ -38,6 +39,8 @@ FEW_WEIGHTS = (
     "No error is shown where few weights carry the sum (ess below 10): the bound may then lie far too low. "
     "A larger --num-samples tightens it. An image's score depends on --seed and on its place in this list."
 )
+# More files than this are summed up on the terminal.
+SCREENFUL = 40
 MAX_GRID_IMAGES = 10_000
 MAX_EDIT_SAMPLES = 10_000
 
@@ -55,6 +58,15 @@ class FileScore:
     bits_per_dim: float | None = None
     effective_sample_size: float | None = None
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """Where an edit's pictures are, its distance, and what to do if it is beyond the density's reach."""
+
+    folder: Path
+    distance: float
+    advice: str
 
 
 SCORE_FIELDS = tuple(field.name for field in fields(FileScore) if field.name not in ("file", "error"))
@@ -102,24 +114,47 @@ def edit(
     image: Path | None,
     samples: int,
     noise_seed: int,
+    softness: float,
     out: Path,
-) -> Path:
-    """Condition a model's image on an edit; writes mean.png and sample-K.png into `out`, which it returns."""
+) -> Edited:
+    """Condition a model's image on an edit; writes mean.png and sample-K.png into `out`."""
     integer("--samples", samples, 1, MAX_EDIT_SAMPLES)
     integer("--index", index, 0, MAX_INDEX)
-    shape = model.spec.image_shape
-    mask, pixels = load_edit(edit_file, shape)
+    mask, pixels = load_edit(edit_file, model.spec.image_shape)
     check_writable(out / "mean.png")
-    if image is None:
-        latent = model.latents(1, seed=seed, start=index)[0]
-    else:
-        latent = model.encode(fit_image(open_image(image), shape)).mean
-    latents = np.broadcast_to(latent, (samples, *latent.shape))
-    result = model.condition(latents, mask, pixels, seed=noise_seed, start=index)
+    latent = _latent_of(model, seed, index, image)
+    softnesses = np.full(samples, softness, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BeyondReach)  # said in this command's own words
+        result = model.condition(latent, mask, pixels, softness=softnesses, seed=noise_seed, start=index)
     save_image(out / "mean.png", result.image[0])
     for number, drawn in enumerate(result.sample):
         save_image(out / f"sample-{number}.png", drawn)
-    return out
+    return Edited(out, float(result.distance[0]), _advice(model, latent, mask, pixels, result))
+
+
+def _latent_of(model: Model, seed: int, index: int, image: Path | None) -> Any:
+    """What is edited: one of the seed's latents, the encoder's mean of a picture, or a model's only density."""
+    if not model.spec.latents:
+        if image is not None:
+            raise InvalidArgument(f"--image: found {image}, but {model.name} has no latents: it is one density")
+        return None
+    if image is not None:
+        found = model.encode(image)
+        return {name: item.mean for name, item in found.items()} if isinstance(found, dict) else found.mean
+    drawn = model.latents(1, seed=seed, start=index)
+    return {name: item[0] for name, item in drawn.items()} if isinstance(drawn, dict) else drawn[0]
+
+
+def _advice(model: Model, latent: Any, mask: Any, pixels: Any, result: Conditioned) -> str:
+    """What would bring an edit near that is beyond the density's reach; nothing for one that is near."""
+    if result.within_reach:
+        return ""
+    softness = model.softness_for(latent, mask, pixels)
+    return (
+        "the fixed values are beyond what the density would make (Mahalanobis square "
+        f"{float(result.distance[0]):,.0f}), so the rest may be anything; --softness {softness:.2g} brings them near"
+    )
 
 
 def score(model: Model, paths: Sequence[Path], *, num_samples: int, seed: int) -> Iterator[FileScore]:
@@ -168,7 +203,14 @@ def _score_block(
 
 
 def print_scores(rows: Sequence[FileScore]) -> None:
-    """Show the scores of the files that were not refused as a table; no standard error where few weights carry it."""
+    """Show the scores of the files that were not refused as a table; no standard error where few weights carry it.
+
+    More of them than a screenful are summed up.
+    """
+    scored = [row for row in rows if not row.error]
+    if len(scored) > SCREENFUL:
+        _print_summary(scored)
+        return
     table = Table("file", "log p(x) ≥", "± s.e.", "ELBO", "bits/dim", "ess", title="log p(x), ± and ELBO in nats")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -186,6 +228,24 @@ def print_scores(rows: Sequence[FileScore]) -> None:
             table.add_row(Text(row.file), *numbers.values())
     if table.row_count:
         Console().print(table)
+
+
+def _print_summary(rows: Sequence[FileScore]) -> None:
+    """Quantiles of the scores, and the files at either end."""
+    table = Table("", "log p(x) ≥", "ELBO", "bits/dim", "ess", title=f"{len(rows):,} files; log p(x) and ELBO in nats")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    names = ("log_likelihood_bound", "elbo", "bits_per_dim", "effective_sample_size")
+    values = np.array([[getattr(row, name) for name in names] for row in rows])
+    for label, share in (("least", 0), ("5 %", 5), ("median", 50), ("95 %", 95), ("most", 100)):
+        found = np.percentile(values, share, axis=0)
+        table.add_row(label, *(f"{value:.{places}f}" for value, places in zip(found, (2, 2, 4, 1), strict=True)))
+    order = sorted(rows, key=lambda row: row.log_likelihood_bound or 0.0)
+    console = Console()
+    console.print(table)
+    for what, row in (("least likely", order[0]), ("most likely", order[-1])):
+        console.print(Text(f"{what}: {row.file} ({row.log_likelihood_bound:.2f})"), soft_wrap=True)
+    console.print("--csv and --json write a line for each file", soft_wrap=True)
 
 
 def check_writable(*files: Path | None) -> None:

@@ -1,51 +1,57 @@
-"""A served model: sample, decode, encode, condition and score."""
+"""A served model: sample, draw, decode, encode, condition and score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import ceil, prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client import arguments
-from covae_client.errors import InvalidArgument, NotFound, ServerFault
-from covae_client.scoring import Scores, summarise
-from covae_client.transport import Endpoint, Progress, Transport
-from covae_core.contract import ModelSpec, Operation
-from covae_core.noise import Stream, row_seeds, standard_normal
+from covae_client.catalogue import Steps, find_endpoint, not_served
+from covae_client.errors import InvalidArgument
+from covae_client.plans import REACH, Call, Conditioned, Plans, Posterior
+from covae_client.scoring import Scores
+from covae_client.transport import Endpoint, Inputs, Progress
+from covae_core.contract import ModelSpec
+from covae_core.operations import OPERATIONS
 
 if TYPE_CHECKING:
     from covae_core.densities import Density
 
-# A seed's 2³² row seeds are shared out among images: 2²⁰ of them, each with 2¹² calls of `score`.
-SCORE_CALLS = 2**12
-SCORE_IMAGES = 2**20
+__all__ = ["BeyondReach", "Conditioned", "Model", "Posterior"]
+
+Result = TypeVar("Result")
+# Softness is sought up to this many times the range of pixels, by so many halvings.
+MAX_SOFTNESS = 4.0
+HALVINGS = 14
 
 
-class Posterior(NamedTuple):
-    """What `encode` gives: the normal over latents of each image, mean and standard deviation, (N, …latent_shape)."""
-
-    mean: NDArray[np.float32]
-    scale: NDArray[np.float32]
+class BeyondReach(UserWarning):
+    """Fixed values that the density would hardly ever make: what follows from them may be anything."""
 
 
-class Conditioned(NamedTuple):
-    """What `condition` gives: the most likely image that agrees with the fixed pixels, and one drawn at random.
+class Transport(Protocol):
+    """Whatever carries a model's calls to a server and its answers back."""
 
-    Each is (N, H, W, C) uint8, without N if all arguments came without.
-    """
+    @property
+    def address(self) -> str: ...
 
-    image: NDArray[np.uint8]
-    sample: NDArray[np.uint8]
+    def infer(
+        self, endpoint: Endpoint, inputs: Inputs, rows: int, progress: Progress | None = None
+    ) -> dict[str, NDArray[Any]]: ...
+
+    def run(self, steps: Steps[Result]) -> Result: ...
 
 
 class Model:
-    """A model on a server; `Client.model` makes it. Safe to use from many threads.
+    """A model on a server; `Client.model` makes it. Safe to use from many threads; it can be pickled.
 
-    Images are uint8 (H, W, C); latents float32 of `spec.latent_shape`; N stands for a batch. Batches of any size are
-    split into requests. `progress`, where there is one, is called as progress(done, total) while a call goes on.
+    Images are uint8 (H, W, C), and are taken as files' paths and Pillow's pictures too, fitted as training did; latents
+    are float32 of the shape in `spec.latents`, or of each latent by name if the model has several; N stands for a
+    batch. Batches of any size are split into requests. `progress`, where there is one, is called as
+    progress(done, total) while a call goes on.
 
     Every method raises InvalidArgument before anything is sent if an argument is wrong, NotFound if the operation that
     it needs is not served, and the other kinds of ServerError if the server does not do it.
@@ -55,28 +61,20 @@ class Model:
             images = digits.sample(16, seed=0)
     """
 
-    def __init__(
-        self,
-        name: str,
-        spec: ModelSpec,
-        endpoints: Mapping[Operation, Endpoint],
-        transport: Transport,
-        look_again: Callable[[Operation], Endpoint | None],
-    ) -> None:
+    def __init__(self, name: str, spec: ModelSpec, endpoints: Mapping[str, Endpoint], transport: Transport) -> None:
         self.name = name
         self.spec = spec
+        self._plans = Plans(name, spec)
         self._endpoints = dict(endpoints)
         self._transport = transport
-        self._look_again = look_again
 
     def __repr__(self) -> str:
-        served = ", ".join(operation.value for operation in self.operations)
-        return f"<Model {self.name!r} at {self._transport.address}: {served}>"
+        return described(self.name, self.spec, self.operations, self._transport.address)
 
     @property
-    def operations(self) -> tuple[Operation, ...]:
+    def operations(self) -> tuple[str, ...]:
         """The operations that the server was seen to serve of this model."""
-        return tuple(operation for operation in Operation if operation in self._endpoints)
+        return tuple(operation for operation in OPERATIONS if operation in self._endpoints)
 
     def sample(
         self,
@@ -90,7 +88,7 @@ class Model:
         """Draw n images. Image i depends on seed and start + i alone: longer batches begin with shorter ones.
 
         With another noise_seed (default: seed), the same latents give other samples of their densities.
-        Seeds: 0 … 2³¹ - 1; start + n ≤ 2³². Returns (n, H, W, C) uint8.
+        Seeds: 0 … 2³¹ - 1; start + n ≤ 2³². Returns (n, H, W, C) uint8; `covae_client.to_pil` makes pictures of them.
         """
         return self.sample_with_latents(n, seed=seed, noise_seed=noise_seed, start=start, progress=progress)[0]
 
@@ -102,49 +100,42 @@ class Model:
         noise_seed: int | None = None,
         start: int = 0,
         progress: Progress | None = None,
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    ) -> tuple[NDArray[np.uint8], Any]:
         """The images of `sample`, (n, H, W, C) uint8, and the latents they come from, (n, …latent_shape) float32."""
-        indices = self._indices(n, start)
-        latent_seeds = row_seeds(arguments.seed("seed", seed), indices)
-        noise_seeds = latent_seeds
-        if noise_seed is not None:
-            noise_seeds = row_seeds(arguments.seed("noise_seed", noise_seed), indices)
-        arrays = {"latent_seed": latent_seeds[:, None], "noise_seed": noise_seeds[:, None]}
-        result = self._run(Operation.SAMPLE, arrays, progress)
-        return result["image"], result["latent"]
+        return self._do(self._plans.sample(n, seed, noise_seed, start), progress)
 
-    def latents(self, n: int, *, seed: int = 0, start: int = 0) -> NDArray[np.float32]:
+    def latents(self, n: int, *, seed: int = 0, start: int = 0) -> Any:
         """The latents of the images that `sample` draws, made here, without the server: (n, …latent_shape), N(0, I).
 
         They agree with `sample_with_latents` up to the last bits of log and cos.
         """
-        seeds = row_seeds(arguments.seed("seed", seed), self._indices(n, start))
-        return standard_normal(seeds, prod(self.spec.latent_shape), Stream.LATENT).reshape(n, *self.spec.latent_shape)
+        return self._plans.latents(n, seed, start)
 
     def decode(self, latent: Any, *, progress: Progress | None = None) -> Density:
         """The density p(x|z) of a latent, (…latent_shape), or of each of N, (N, …latent_shape).
 
-        Returns one of `covae_core.densities`, over images of shape (C, H, W) in [0, 1], with a leading batch axis
-        if `latent` has one.
+        Returns one of `covae_core.densities`, over images of shape (C, H, W) in [0, 1], with a leading batch axis if
+        `latent` has one.
         """
-        from covae_core.densities import DENSITIES
+        return self._do(self._plans.decode(latent), progress)
 
-        latents, single = arguments.rows("latent", latent, self.spec.latent_shape, np.float32)
-        if self.spec.density not in DENSITIES:
-            known = ", ".join(DENSITIES)
-            raise InvalidArgument(
-                f"{self.name}: its density is {self.spec.density!r}, this client knows {known}; update covae-client"
-            )
-        result = self._run(Operation.DECODE, {"latent": latents}, progress)
-        parts = {name: array[0] if single else array for name, array in result.items()}
-        return DENSITIES[self.spec.density](parts.pop("mean"), **parts)
+    def encode(self, images: Any, *, progress: Progress | None = None) -> Any:
+        """The normal over latents of each image, a Posterior; one for each latent by name if there are several.
 
-    def encode(self, images: Any, *, progress: Progress | None = None) -> Posterior:
-        """The normal over latents of each image. images: (N, H, W, C) or (H, W, C) uint8."""
-        arrays, single = arguments.rows("images", images, self.spec.image_shape, np.uint8)
-        result = self._run(Operation.ENCODE, {"image": arrays}, progress)
-        mean, scale = result["latent_mean"], result["latent_scale"]
-        return Posterior(mean[0], scale[0]) if single else Posterior(mean, scale)
+        images: (N, H, W, C) or (H, W, C) uint8, paths or pictures.
+        """
+        return self._do(self._plans.encode(images), progress)
+
+    def draw(
+        self, latent: Any, n: int, *, seed: int = 0, start: int = 0, progress: Progress | None = None
+    ) -> NDArray[np.uint8]:
+        """n images of one latent's density, for one decoder pass in `spec.draw_samples` of them.
+
+        latent: (…latent_shape), or (N, …latent_shape) for n images of each; None for a model without latents. Image i
+        of row b depends on the latent, the seed and (start + b) · n + i alone; of a single latent it is draw i of
+        `decode(latent).sample(n, seed=seed)`. Returns (n, H, W, C) or (N, n, H, W, C) uint8.
+        """
+        return self._do(self._plans.draw(latent, n, seed, start), progress)
 
     def condition(
         self,
@@ -152,28 +143,39 @@ class Model:
         mask: Any,
         pixels: Any,
         *,
+        softness: Any = 0.0,
         seed: int = 0,
         start: int = 0,
         progress: Progress | None = None,
     ) -> Conditioned:
         """Fix some pixels of a latent's image and let the rest follow.
 
-        latent: (…latent_shape); mask: (H, W) bool, true where a pixel is fixed; pixels: (H, W, C) uint8, read where
-        the mask is true; each may have a leading batch axis N. Row i's sample draws noise from (seed, start + i): with
+        latent: (…latent_shape), None for a model without latents; mask: (H, W) bool, true where a pixel is fixed;
+        pixels: (H, W, C) uint8, read where the mask is true, or, with mask=None, a picture whose opaque pixels are
+        fixed; softness: standard deviation, in units of the pixels' range, of the noise with which they are seen, 0 to
+        fix them exactly. Each may have a leading batch axis N. Row i's sample draws noise from (seed, start + i): with
         the seed and start of `sample` and no pixel fixed, it is that very image.
+
+        Warns:
+            BeyondReach: the density would hardly ever make the fixed values; see `softness_for`.
         """
-        height, width, _ = self.spec.image_shape
-        latents, no_batch = arguments.rows("latent", latent, self.spec.latent_shape, np.float32)
-        masks, one_mask = arguments.rows("mask", mask, (height, width), np.bool_)
-        images, one_image = arguments.rows("pixels", pixels, self.spec.image_shape, np.uint8)
-        n = arguments.same_rows(latent=latents, mask=masks, pixels=images)
-        seeds = row_seeds(arguments.seed("seed", seed), arguments.image_indices(start, n))
-        arrays = {"latent": latents, "mask": masks, "pixels": images}
-        whole = {name: np.broadcast_to(array, (n, *array.shape[1:])) for name, array in arrays.items()}
-        result = self._run(Operation.CONDITION, {**whole, "noise_seed": seeds[:, None]}, progress)
-        image, sample = result["image"], result["sample"]
-        single = no_batch and one_mask and one_image
-        return Conditioned(image[0], sample[0]) if single else Conditioned(image, sample)
+        result = self._do(self._plans.condition(latent, mask, pixels, softness, seed, start), progress)
+        if not result.within_reach:
+            warnings.warn(beyond_reach(self.name, result), BeyondReach, stacklevel=2)
+        return result
+
+    def softness_for(self, latent: Any, mask: Any, pixels: Any, *, tail: float = REACH) -> float:
+        """The least softness, to two digits, that brings fixed values within the density's reach.
+
+        Arguments as for `condition`, of one row; tail: the χ² tail from which on an edit counts as near. Returns 0 if
+        it is near as it is. Some fifteen calls of the server.
+        """
+
+        def near(softness: float) -> bool:
+            found = self._do(self._plans.condition(latent, mask, pixels, softness, 0, 0), None)
+            return bool(np.all(found.tail >= tail))
+
+        return least_softness(near)
 
     def score(
         self,
@@ -186,61 +188,66 @@ class Model:
     ) -> Scores:
         """How likely the model holds each image, from num_samples importance weights; see `Scores`.
 
-        images: (N, H, W, C) or (H, W, C) uint8. The weights of an image depend on the image, the seed and its index
-        (default: 0 … N - 1, each from 0 to 2²⁰ - 1) alone, not on the batch. A call of the server yields
-        spec.score_samples weights; num_samples is at most 4096 times that.
+        images: (N, H, W, C) or (H, W, C) uint8, paths or pictures. The weights of an image depend on the image, the
+        seed and its index (default: 0 … N - 1, each from 0 to 2²⁰ - 1) alone, not on the batch. A call of the server
+        yields spec.score_samples weights; num_samples is at most 4096 times that. A model without latents is scored
+        exactly.
         """
-        arrays, _ = arguments.rows("images", images, self.spec.image_shape, np.uint8)
-        places = _score_indices(indices, len(arrays))
-        seed = arguments.seed("seed", seed)
-        per_call = self.spec.score_samples
-        num_samples = arguments.integer("num_samples", num_samples, 1, per_call * SCORE_CALLS)
-        calls = ceil(num_samples / per_call)
+        return self._do(self._plans.score(images, num_samples, seed, indices), progress)
 
-        def inputs(part: slice) -> Mapping[str, NDArray[Any]]:
-            image, call = np.divmod(np.arange(part.start, part.stop), calls)
-            return {"image": arrays[image], "seed": row_seeds(seed, places[image] * SCORE_CALLS + call)[:, None]}
+    def run(self, operation: str, *, progress: Progress | None = None, **arrays: Any) -> dict[str, NDArray[Any]]:
+        """Any operation by its tensors: inputs and outputs as in `covae_core.operations`, with a leading batch axis.
 
-        def report(done: int, _: int) -> None:
+        Raises:
+            InvalidArgument: an input is missing, or there is one too many.
+        """
+        endpoint = self._endpoint(operation)
+        wanted = [tensor.name for tensor in endpoint.inputs]
+        if set(arrays) != set(wanted):
+            raise InvalidArgument(f"{operation}: found the inputs {sorted(arrays)}, expected {wanted}")
+        return self._do(self._plans.anything(operation, arrays), progress)
+
+    def _do(self, call: Call[Result], progress: Progress | None) -> Result:
+        def report(done: int, rows: int) -> None:
             if progress is not None:
-                progress(done // calls, len(arrays))
+                progress(done // call.per_unit, rows // call.per_unit)
 
-        result = self._transport.infer(self._endpoint(Operation.SCORE), inputs, len(arrays) * calls, report)
-        weights = result["log_weight"].reshape(len(arrays), calls * per_call)[:, :num_samples]
-        if np.isnan(weights).any():
-            raise ServerFault(f"{self.name}: score gave NaN weights: the exported model is broken on these images")
-        return summarise(weights, prod(self.spec.image_shape))
+        return call.finish(self._transport.infer(self._endpoint(call.operation), call.inputs, call.rows, report))
 
-    def _run(
-        self, operation: Operation, arrays: Mapping[str, NDArray[Any]], progress: Progress | None
-    ) -> dict[str, NDArray[Any]]:
-        def inputs(part: slice) -> Mapping[str, NDArray[Any]]:
-            return {name: array[part] for name, array in arrays.items()}
-
-        rows = len(next(iter(arrays.values())))
-        return self._transport.infer(self._endpoint(operation), inputs, rows, progress)
-
-    def _endpoint(self, operation: Operation) -> Endpoint:
+    def _endpoint(self, operation: str) -> Endpoint:
         if operation not in self._endpoints:
             # It may have been loading, or healing, when the model was opened.
-            found = self._look_again(operation)
-            if found is not None:
-                self._endpoints[operation] = found
-                return found
-            served = ", ".join(other.value for other in self.operations)
-            raise NotFound(
-                f"{self.name}: {self._transport.address} does not serve its operation {operation.value!r}, only "
-                f"{served}; serve it with `covae serve {self.name}`"
+            found = (
+                self._transport.run(find_endpoint(self.name, operation, self.spec)) if operation in OPERATIONS else None
             )
+            if found is None:
+                raise not_served(self.name, operation, self._transport.address, self._endpoints)
+            self._endpoints[operation] = found
         return self._endpoints[operation]
 
-    def _indices(self, n: int, start: int) -> NDArray[np.int64]:
-        return arguments.image_indices(start, arguments.integer("n", n, 1, arguments.MAX_INDEX + 1))
+
+def described(name: str, spec: ModelSpec, operations: Sequence[str], address: str) -> str:
+    """A model in one line."""
+    size = "×".join(map(str, spec.image_shape))
+    return f"<Model {name!r} ({spec.family}, images of {size}) at {address}: {', '.join(operations)}>"
 
 
-def _score_indices(indices: Any, count: int) -> NDArray[np.int64]:
-    given = range(count) if indices is None else indices
-    if len(given) != count:
-        raise InvalidArgument(f"indices: found {len(given)} of them, expected one per image, {count}")
-    checked = [arguments.integer("indices", index, 0, SCORE_IMAGES - 1) for index in given]
-    return np.array(checked, dtype=np.int64)
+def beyond_reach(name: str, result: Conditioned) -> str:
+    """What is wrong with an edit, and what to do."""
+    worst = float(np.max(result.distance))
+    return (
+        f"{name}: the fixed values are beyond what the density would make (Mahalanobis square {worst:,.0f}, chance "
+        f"{float(np.min(result.tail)):.1g}), so the rest may be anything; pass softness=model.softness_for(latent, "
+        "mask, pixels), or fix values nearer to the image"
+    )
+
+
+def least_softness(near: Any) -> float:
+    """The least softness at which `near` holds, by halving its logarithm; 0 if it holds there."""
+    if near(0.0):
+        return 0.0
+    low, high = 1e-4, MAX_SOFTNESS
+    for _ in range(HALVINGS):
+        middle = float(np.sqrt(low * high))
+        low, high = (low, middle) if near(middle) else (middle, high)
+    return float(np.ceil(high * 1e4) / 1e4)

@@ -37,8 +37,11 @@ class Scores:
         return len(self.log_likelihood_bound)
 
 
-def summarise(log_weights: NDArray[np.float64], image_size: int) -> Scores:
-    """Scores from log importance weights, (N, K) float64, of images of `image_size` = H·W·C numbers."""
+def summarise(log_weights: NDArray[np.float64], image_size: int, *, exact: bool = False) -> Scores:
+    """Scores from log importance weights, (N, K) float64, of images of `image_size` = H·W·C numbers.
+
+    exact: the one weight is the likelihood itself, so the bound has no error.
+    """
     count = log_weights.shape[1]
     largest = log_weights.max(axis=1, keepdims=True)
     # Weights that are all zero stay zero instead of turning to NaN.
@@ -48,7 +51,7 @@ def summarise(log_weights: NDArray[np.float64], image_size: int) -> Scores:
         effective = weights.sum(axis=1) ** 2 / (weights**2).sum(axis=1)
     return Scores(
         log_likelihood_bound=bound,
-        standard_error=_standard_error(weights),
+        standard_error=np.zeros(len(bound)) if exact else _standard_error(weights),
         elbo=log_weights.mean(axis=1),
         bits_per_dim=-(bound - image_size * log(255)) / (image_size * log(2)),
         effective_sample_size=effective,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from covae_client.errors import (
 )
 from covae_client.retry import Retry, Timeout, with_retries
 from covae_core.contract import NUMPY_DTYPES, TensorSpec
+
+if TYPE_CHECKING:
+    from covae_client.catalogue import Steps
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -95,22 +98,38 @@ class Endpoint:
         return max(1, min(self.max_batch_size, MAX_REQUEST_BYTES // max(1, row_bytes)))
 
 
-class Transport:
-    """A connection to one Triton server over gRPC; made on the first call, safe to use from many threads."""
+@dataclass(frozen=True)
+class Settings:
+    """How to reach a server."""
 
-    def __init__(
-        self, address: str, *, timeout: Timeout, retry: Retry, tls: Tls | None, headers: Mapping[str, str]
-    ) -> None:
-        self.address = address
-        self._timeout = timeout
-        self._retry = retry
-        self._headers = dict(headers)
+    address: str
+    timeout: Timeout
+    retry: Retry
+    tls: Tls | None
+    headers: Mapping[str, str]
+
+
+class Transport:
+    """A connection to one Triton server over gRPC; made on the first call, safe to use from many threads.
+
+    A pickled one connects anew where it is unpickled.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.address = settings.address
+        self._timeout = settings.timeout
+        self._retry = settings.retry
+        self._headers = dict(settings.headers)
         self._closed = Event()
         self._connected = False
         self._connecting = Lock()
         self._attempts = 0
         self._failure: ServerError | None = None
-        self._triton = _triton_client(address, tls)
+        self._triton = _triton_client(settings.address, settings.tls)
+
+    def __reduce__(self) -> tuple[type[Transport], tuple[Settings]]:
+        return Transport, (self.settings,)
 
     def close(self) -> None:
         """End the connection; calls in flight fail."""
@@ -143,32 +162,40 @@ class Transport:
         Raises:
             ServerError: one of its kinds, by STATUS_ERRORS; ServerFault if an output is not as the contract says.
         """
-        results = {
-            tensor.name: np.empty((rows, *tensor.shape), dtype=NUMPY_DTYPES[tensor.dtype])
-            for tensor in endpoint.outputs
-        }
+        results = empty_results(endpoint, rows)
 
         def send(part: slice) -> int:
             answer = self._request(endpoint, inputs(part))
             for tensor in endpoint.outputs:
-                results[tensor.name][part] = _checked_output(answer, tensor, part.stop - part.start, endpoint)
+                results[tensor.name][part] = checked_output(answer, tensor, part.stop - part.start, endpoint)
             return int(part.stop)
 
-        size = endpoint.rows_per_request
-        parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-        for done in _in_flight(send, parts):
+        for done in _in_flight(send, request_parts(endpoint, rows)):
             if progress is not None:
                 progress(done, rows)
         return results
 
-    def _request(self, endpoint: Endpoint, arrays: Mapping[str, NDArray[Any]]) -> Any:
-        from tritonclient.grpc import InferInput, InferRequestedOutput
+    def run(self, steps: Steps[Result]) -> Result:
+        """Ask the questions of a catalogue's steps, and give what they come to."""
+        try:
+            question = next(steps)
+            while True:
+                retry = Retry(attempts=1) if question.once else None
+                try:
+                    answer = self.call(question.action, question.method, *question.arguments, retry=retry)
+                except ServerError as error:
+                    question = steps.throw(error)
+                else:
+                    question = steps.send(answer)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
-        tensors = []
-        for tensor in endpoint.inputs:
-            array = np.ascontiguousarray(arrays[tensor.name], dtype=NUMPY_DTYPES[tensor.dtype])
-            tensors.append(InferInput(tensor.name, array.shape, tensor.dtype).set_data_from_numpy(array))
+    def _request(self, endpoint: Endpoint, arrays: Mapping[str, NDArray[Any]]) -> Any:
+        from tritonclient.grpc import InferRequestedOutput
+
         wanted = [InferRequestedOutput(tensor.name) for tensor in endpoint.outputs]
+        tensors = request_tensors(endpoint, arrays)
         return self.call(endpoint.model_name, "infer", endpoint.model_name, tensors, outputs=wanted)
 
     def _attempt(self, action: str, rpc: Callable[..., Any], seconds: float, *arguments: Any, **options: Any) -> Any:
@@ -179,17 +206,12 @@ class Transport:
         try:
             return rpc(*arguments, headers=self._headers, client_timeout=max(seconds, 0.001), **options)
         except InferenceServerException as error:
-            raise self._translated(action, error) from error
+            raise translated(self.address, action, error) from error
         except ValueError as error:
             # What gRPC raises on a channel that another thread has just closed.
             if not self._closed.is_set():
                 raise
             raise ConnectionFailed(f"{action}: the client was closed") from error
-
-    def _translated(self, action: str, error: Any) -> ServerError:
-        status = str(error.status()).removeprefix("StatusCode.")
-        kind, next_step = STATUS_ERRORS.get(status, OTHER_STATUS)
-        return kind(f"{action}: {self.address} says {status}: {error.message()} ({next_step})")
 
     def _connect(self) -> None:
         if self._closed.is_set():
@@ -231,17 +253,57 @@ class Transport:
                 )
 
 
+def empty_results(endpoint: Endpoint, rows: int) -> dict[str, NDArray[Any]]:
+    """An array for each output, to be filled as answers come."""
+    return {
+        tensor.name: np.empty((rows, *tensor.shape), dtype=NUMPY_DTYPES[tensor.dtype]) for tensor in endpoint.outputs
+    }
+
+
+def request_parts(endpoint: Endpoint, rows: int) -> list[slice]:
+    """The rows of each request."""
+    size = endpoint.rows_per_request
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def request_tensors(endpoint: Endpoint, arrays: Mapping[str, NDArray[Any]]) -> list[Any]:
+    """The inputs of one request as tritonclient has them."""
+    from tritonclient.grpc import InferInput
+
+    tensors = []
+    for tensor in endpoint.inputs:
+        array = np.ascontiguousarray(arrays[tensor.name], dtype=NUMPY_DTYPES[tensor.dtype])
+        tensors.append(InferInput(tensor.name, array.shape, tensor.dtype).set_data_from_numpy(array))
+    return tensors
+
+
+def translated(address: str, action: str, error: Any) -> ServerError:
+    """tritonclient's error as one of ours, by its status."""
+    status = str(error.status()).removeprefix("StatusCode.")
+    kind, next_step = STATUS_ERRORS.get(status, OTHER_STATUS)
+    return kind(f"{action}: {address} says {status}: {error.message()} ({next_step})")
+
+
+def channel_options(address: str) -> list[tuple[str, Any]]:
+    """gRPC's options for a channel to that address."""
+    is_local = address.rpartition(":")[0] in LOCAL_HOSTS
+    return [*CHANNEL_OPTIONS, *(LOCAL_OPTIONS if is_local else ())]
+
+
 def _triton_client(address: str, tls: Tls | None) -> Any:
-    credentials = None if tls is None else _credentials(tls)
+    secrets = None if tls is None else credentials(tls)
 
     from tritonclient.grpc import InferenceServerClient
 
-    is_local = address.rpartition(":")[0] in LOCAL_HOSTS
-    options = [*CHANNEL_OPTIONS, *(LOCAL_OPTIONS if is_local else ())]
-    return InferenceServerClient(address, creds=credentials, channel_args=options)
+    return InferenceServerClient(address, creds=secrets, channel_args=channel_options(address))
 
 
-def _credentials(tls: Tls) -> Any:
+def credentials(tls: Tls) -> Any:
+    """gRPC's credentials from PEM files.
+
+    Raises:
+        InvalidArgument: a file cannot be read.
+    """
     import grpc
 
     files = (tls.root_certificates, tls.private_key, tls.certificate_chain)
@@ -252,7 +314,12 @@ def _credentials(tls: Tls) -> Any:
     return grpc.ssl_channel_credentials(roots, key, chain)
 
 
-def _checked_output(answer: Any, tensor: TensorSpec, rows: int, endpoint: Endpoint) -> NDArray[Any]:
+def checked_output(answer: Any, tensor: TensorSpec, rows: int, endpoint: Endpoint) -> NDArray[Any]:
+    """One output of an answer, held against the contract.
+
+    Raises:
+        ServerFault: it is missing, or of another type or shape.
+    """
     expected = f"{tensor.dtype} {(rows, *tensor.shape)}"
     found = answer.get_output(tensor.name)
     if found is None:

@@ -1,7 +1,8 @@
-"""The wire contract: what an exported model's five operations take and give, and the parameters that describe it.
+"""The wire contract, version 2: what a served model says of itself, and the tensors of its operations.
 
 Export writes these tensors and parameters into each `config.pbtxt`, the server's backend checks them, the client reads
-them back. Nothing else in the project spells a tensor name.
+them back. The operations themselves are the entries of one table, `covae_core.operations`; nothing else in the project
+spells a tensor name.
 """
 
 from __future__ import annotations
@@ -9,38 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from enum import Enum
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from covae_core.errors import InvalidArgument
+from covae_core.noise import NOISE_VERSION, Stream
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 PLATFORM_BACKEND = "onnxruntime"
-
-
-class Operation(str, Enum):
-    """One of the five things that a served model does."""
-
-    DECODE = "decode"
-    ENCODE = "encode"
-    SAMPLE = "sample"
-    CONDITION = "condition"
-    SCORE = "score"
-
-    def model_name(self, name: str) -> str:
-        """Triton's name of this operation of the model `name`: NAME_decode, NAME_encode, …"""
-        return f"{name}_{self.value}"
-
-    @classmethod
-    def parse(cls, model_name: str) -> tuple[str, Operation] | None:
-        """NAME and operation of a Triton model's name; None if it is not made of these."""
-        name, _, suffix = model_name.rpartition("_")
-        known = {operation.value for operation in cls}
-        return (name, cls(suffix)) if name and suffix in known else None
-
+# A model has one of these latents, both, or none; their streams of noise, of the prior and of the posterior.
+LATENT_STREAMS: Mapping[str, tuple[Stream, Stream]] = {
+    "latent": (Stream.LATENT, Stream.POSTERIOR),
+    "pose": (Stream.POSE, Stream.POSE_POSTERIOR),
+}
+COLOURS = {1: "grey", 3: "rgb"}
 
 # Triton's dtype names beside NumPy's.
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -50,6 +35,11 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP32": np.dtype(np.float32),
     "FP64": np.dtype(np.float64),
 }
+
+
+def served_name(name: str, operation: str) -> str:
+    """Triton's name of an operation of the model `name`: NAME_decode, NAME_encode, …"""
+    return f"{name}_{operation}"
 
 
 @dataclass(frozen=True)
@@ -70,63 +60,47 @@ class TensorSpec:
 class ModelSpec:
     """All that a client needs to know of a model; carried as `parameters` of every operation's `config.pbtxt`.
 
-    image_shape is (H, W, C); latent_shape excludes the batch axis; density_parameters maps each tensor that describes
-    the density beside its mean (`factor`, `variance`) to its per-row shape; rank is 0 for a density without a factor;
-    score_samples is M, the importance weights one `score` row yields; run_id and run_digest name the training run.
+    image_shape: (H, W, C). latents: the shape of each latent by name, `latent` or `pose`; none for a model that is a
+    density alone. posteriors: of each latent that the model's encoder knows, its parameters' shapes by name. priors:
+    the kind of each latent's prior. density: the kind of the density; density_parameters: its parameters' shapes by
+    name, the mean first. operations: those that the model can do. score_samples: M, the importance weights of one row
+    of `score`; draw_samples: the images that one row of `draw` yields. run_id, run_digest: the training run.
+    calibration: scores of held-out images; none yet.
     """
 
     family: str
-    density: str
     image_shape: tuple[int, int, int]
-    latent_shape: tuple[int, ...]
+    latents: Mapping[str, tuple[int, ...]]
+    posteriors: Mapping[str, Mapping[str, tuple[int, ...]]]
+    priors: Mapping[str, str]
+    density: str
     density_parameters: Mapping[str, tuple[int, ...]]
-    rank: int
+    operations: tuple[str, ...]
     score_samples: int
+    draw_samples: int
     run_id: str
     run_digest: str
+    calibration: None = None
     value_range: tuple[float, float] = (0.0, 1.0)
+    noise_version: int = NOISE_VERSION
     contract_version: int = CONTRACT_VERSION
 
-    def inputs(self, operation: Operation) -> tuple[TensorSpec, ...]:
-        """The input tensors of one operation, per row."""
-        height, width, _ = self.image_shape
-        latent = TensorSpec("latent", "FP32", self.latent_shape)
-        image = TensorSpec("image", "UINT8", self.image_shape)
-        noise_seed = TensorSpec("noise_seed", "INT64", (1,))
-        return {
-            Operation.DECODE: (latent,),
-            Operation.ENCODE: (image,),
-            Operation.SAMPLE: (TensorSpec("latent_seed", "INT64", (1,)), noise_seed),
-            Operation.CONDITION: (
-                latent,
-                TensorSpec("mask", "BOOL", (height, width)),
-                TensorSpec("pixels", "UINT8", self.image_shape),
-                noise_seed,
-            ),
-            Operation.SCORE: (image, TensorSpec("seed", "INT64", (1,))),
-        }[operation]
+    @property
+    def colour(self) -> str:
+        """`grey` or `rgb`."""
+        return COLOURS[self.image_shape[2]]
 
-    def outputs(self, operation: Operation) -> tuple[TensorSpec, ...]:
-        """The output tensors of one operation, per row."""
-        height, width, channels = self.image_shape
-        image = TensorSpec("image", "UINT8", self.image_shape)
-        return {
-            Operation.DECODE: (
-                TensorSpec("mean", "FP32", (channels, height, width)),
-                *(TensorSpec(name, "FP32", shape) for name, shape in self.density_parameters.items()),
-            ),
-            Operation.ENCODE: (
-                TensorSpec("latent_mean", "FP32", self.latent_shape),
-                TensorSpec("latent_scale", "FP32", self.latent_shape),
-            ),
-            Operation.SAMPLE: (image, TensorSpec("latent", "FP32", self.latent_shape)),
-            Operation.CONDITION: (image, TensorSpec("sample", "UINT8", self.image_shape)),
-            Operation.SCORE: (TensorSpec("log_weight", "FP64", (self.score_samples,)),),
-        }[operation]
+    def latent_tensors(self) -> tuple[TensorSpec, ...]:
+        """One tensor for each latent."""
+        return tuple(TensorSpec(name, "FP32", shape) for name, shape in self.latents.items())
+
+    def image(self, name: str = "image") -> TensorSpec:
+        """An image, as bytes."""
+        return TensorSpec(name, "UINT8", self.image_shape)
 
     def to_parameters(self) -> dict[str, str]:
-        """The `parameters` of a `config.pbtxt`: every field as JSON text."""
-        return {name: json.dumps(value) for name, value in asdict(self).items()}
+        """The `parameters` of a `config.pbtxt`: every field as JSON text, and the colour for whoever reads it."""
+        return {name: json.dumps(value) for name, value in {**asdict(self), "colour": self.colour}.items()}
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
@@ -142,23 +116,39 @@ class ModelSpec:
         """Read a spec back from a model's `parameters`.
 
         Raises:
-            InvalidArgument: a parameter is missing or malformed, or the contract's version is another.
+            InvalidArgument: a parameter is missing or malformed, or the contract's or the noise's version is another.
         """
-        missing = [field.name for field in fields(cls) if field.name not in parameters]
-        if missing:
+        if "contract_version" not in parameters:
             raise InvalidArgument(
-                f"the model's config lacks the parameters {missing}: `covae export` did not write it; export it again"
+                "the model's config lacks the parameter contract_version: `covae export` did not write it; export it "
+                "again"
             )
         try:
+            _check_version("contract_version", json.loads(parameters["contract_version"]), CONTRACT_VERSION)
+            missing = [field.name for field in fields(cls) if field.name not in parameters]
+            if missing:
+                raise InvalidArgument(f"the model's config lacks the parameters {missing}; export it again")
             values = {field.name: json.loads(parameters[field.name]) for field in fields(cls)}
-            for name in ("image_shape", "latent_shape", "value_range"):
+            _check_version("noise_version", values["noise_version"], NOISE_VERSION)
+            for name in ("image_shape", "operations", "value_range"):
                 values[name] = tuple(values[name])
-            values["density_parameters"] = {key: tuple(shape) for key, shape in values["density_parameters"].items()}
+            for name in ("latents", "density_parameters"):
+                values[name] = _shapes(values[name])
+            values["posteriors"] = {name: _shapes(shapes) for name, shapes in values["posteriors"].items()}
+            return cls(**values)
+        except InvalidArgument:
+            raise
         except (ValueError, TypeError, AttributeError) as error:
             raise InvalidArgument(f"the model's config parameters are malformed: {error}; export it again") from error
-        if values["contract_version"] != CONTRACT_VERSION:
-            raise InvalidArgument(
-                f"contract_version: the model has {values['contract_version']}, this version of Covae speaks "
-                f"{CONTRACT_VERSION}; export the model again, or install the client that matches it"
-            )
-        return cls(**values)
+
+
+def _shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in values.items()}
+
+
+def _check_version(name: str, found: object, ours: int) -> None:
+    if found != ours:
+        raise InvalidArgument(
+            f"{name}: the model has {found}, this version of Covae speaks {ours}; export the model again, or install "
+            "the client that matches it"
+        )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import os
 import struct
-import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,46 +22,83 @@ MAX_PIXELS = 64_000_000
 # An edit fixes the pixels that are at least this opaque.
 OPAQUE_ALPHA = 128
 
-EXTENSION_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = {1: "L", 3: "RGB"}
 
-# What Pillow's decoders raise on damaged files, beside its own errors (which are OSErrors).
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What a PNG's pixels need, and its orientation; text and colour profiles may be larger than Pillow reads.
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
+MAX_EXIF_BYTES = 2**16
+GREY_PNG = 0
+# Of 16-bit colours Pillow keeps the upper bytes, so a colour that is to be transparent cannot be told any more.
+RGB_PNG = 2
+
+
+class Listing(NamedTuple):
+    """What a folder holds: image files, and other files, hidden ones aside; sorted."""
+
+    images: list[Path]
+    others: list[Path]
+
+
+def list_images(folder: Path) -> Listing:
+    """Search a folder through and through, links included; a folder that leads back to one above it is not entered.
+
+    Files whose name ends in .png, .jpg, .jpeg or .webp, in small letters or large, are images; what they are inside is
+    seen when they are opened. Hidden files and folders do not count.
+    """
+    images: list[Path] = []
+    others: list[Path] = []
+    _list(folder, (), images, others)
+    return Listing(sorted(images), sorted(others))
+
+
+def _list(folder: Path, above: tuple[str, ...], images: list[Path], others: list[Path]) -> None:
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise ImageFileError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        path = folder / entry.name
+        if entry.is_dir():
+            _list(path, (*above, place), images, others)
+        else:
+            (images if path.suffix.lower() in EXTENSIONS else others).append(path)
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The image files at `paths`: folders are searched through and through, sorted by path; no file comes twice.
+    """The image files at `paths`: folders are searched (see `list_images`), sorted by path; no file comes twice.
 
-    In folders, files whose name ends in .png, .jpg, .jpeg or .webp count, hidden ones do not. A path that is no folder
-    is returned as it is, even if nothing is there: opening it says what is wrong with it.
+    A path that is no folder is returned as it is, even if nothing is there: opening it says what is wrong with it.
 
     Raises:
-        ImageFileError: a folder holds no image.
+        ImageFileError: a folder holds no image, or cannot be read.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        inside = _images_in(path) if path.is_dir() else [path]
+        inside = list_images(path).images if path.is_dir() else [path]
         if not inside:
-            raise ImageFileError(f"{path}: this folder holds no file that ends in {', '.join(EXTENSION_FORMATS)}")
+            raise ImageFileError(f"{path}: this folder holds no file that ends in {', '.join(EXTENSIONS)}")
         found.update(dict.fromkeys(inside))
     return list(found)
-
-
-def _images_in(folder: Path) -> list[Path]:
-    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
-    return sorted(file for file in files if file.suffix.lower() in EXTENSION_FORMATS and not file.name.startswith("."))
 
 
 def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
     """Open a PNG, JPEG or WebP image from a file or from a file's bytes, decode it and turn it upright (EXIF).
 
-    The format is told by the content. The file's size (MAX_FILE_BYTES) and the image's (MAX_PIXELS) are checked before
-    anything is decoded. `name` names the image in errors; by default the path. Of an animation, the first frame counts.
+    The format is told by the content alone. The file's size (MAX_FILE_BYTES) and the image's (MAX_PIXELS) are checked
+    before anything is decoded. Of an animation, or of a phone's several pictures in one JPEG, the first counts. What is
+    wrong with a file's metadata never keeps its pixels from being read. `name` names the image in errors; by default
+    the path.
 
     Raises:
-        ImageFileError: the file is missing, empty, too large, truncated, corrupt, of another format, or its extension
-            and its content disagree.
+        ImageFileError: the file is missing, empty, no regular file, too large, truncated, corrupt or of another format.
     """
     name = name or ("image" if isinstance(source, bytes) else os.fspath(source))
     content = source if isinstance(source, bytes) else _read(Path(source), name)
@@ -69,19 +106,55 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         raise ImageFileError(f"{name}: the file is empty")
     if len(content) > MAX_FILE_BYTES:
         raise ImageFileError(f"{name}: the file is larger than {MAX_FILE_BYTES} bytes")
-    image = _identify(content, name)
-    expected = EXTENSION_FORMATS.get(Path(name).suffix.lower(), image.format)
-    if image.format != expected:
-        raise ImageFileError(f"{name}: the content is {image.format}, the extension says {expected}; rename the file")
-    return _decode(image, name)
+    transparent = None
+    if content.startswith(PNG_SIGNATURE):
+        content, transparent = _plain_png(content)
+    image = _decode(_identify(content, name), name)
+    return image if transparent is None else _with_alpha(image, *transparent)
 
 
 def _read(path: Path, name: str) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise ImageFileError(f"{name}: cannot be read: this is no regular file")
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ImageFileError(f"{name}: cannot be read: {error.strerror or error}") from error
+
+
+def _plain_png(content: bytes) -> tuple[bytes, tuple[int, int] | None]:
+    """A PNG without the chunks that its pixels do not need; of a grey one, its bits and the sample that is transparent.
+
+    Pillow compares a grey sample of 2, 4 or 16 bits with the transparent one in other units, so that is done here.
+    """
+    chunks = [PNG_SIGNATURE]
+    place, depth, colour = len(PNG_SIGNATURE), 0, -1
+    transparent = None
+    while place + 12 <= len(content):
+        (size,) = struct.unpack_from(">I", content, place)
+        kind, whole = content[place + 4 : place + 8], content[place : place + 12 + size]
+        data = whole[8 : 8 + size]
+        place += 12 + size
+        if kind == b"IHDR" and len(data) >= 10:
+            depth, colour = data[8], data[9]
+        if kind == b"tRNS" and colour == GREY_PNG and len(data) >= 2:
+            transparent = (depth, int.from_bytes(data[:2], "big"))
+            continue
+        misleading = kind == b"tRNS" and colour == RGB_PNG and depth == 16
+        if kind in PNG_CHUNKS and not misleading and not (kind == b"eXIf" and size > MAX_EXIF_BYTES):
+            chunks.append(whole)
+    # What is left over is part of a chunk that was cut off; Pillow says so.
+    return b"".join([*chunks, content[place:]]), transparent
+
+
+def _with_alpha(image: Image.Image, depth: int, sample: int) -> Image.Image:
+    """A grey image whose transparent sample is so by an alpha channel; 16 bits become 8."""
+    values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    samples = values if depth in (8, 16) else np.rint(values * ((2**depth - 1) / 255)).astype(np.int64)
+    grey = (values // 256 if depth == 16 else values).astype(np.uint8)
+    alpha = np.where(samples == sample, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
 
 
 def _identify(content: bytes, name: str) -> Image.Image:
@@ -91,7 +164,7 @@ def _identify(content: bytes, name: str) -> Image.Image:
         raise ImageFileError(f"{name}: this is no PNG, JPEG or WebP image, or its header is damaged") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageFileError(f"{name}: the image has more than {MAX_PIXELS} pixels") from error
-    except _DECODER_ERRORS as error:
+    except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
         raise ImageFileError(f"{name}: the image's header is damaged: {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageFileError(f"{name}: the image has {image.width} × {image.height} pixels, more than {MAX_PIXELS}")
@@ -101,9 +174,11 @@ def _identify(content: bytes, name: str) -> Image.Image:
 def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
-    except _DECODER_ERRORS as error:
+    except Exception as error:  # as above
         raise ImageFileError(f"{name}: the image is truncated or corrupt: {error}") from error
+    with suppress(Exception):  # an orientation that cannot be read is none
+        return ImageOps.exif_transpose(image)
+    return image
 
 
 def fit_image(image: Image.Image, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -149,16 +224,28 @@ def load_edit(
             no opaque pixel.
     """
     image = open_image(source, name)
-    name = name or ("image" if isinstance(source, bytes) else os.fspath(source))
+    return read_edit(image, image_shape, name or ("image" if isinstance(source, bytes) else os.fspath(source)))
+
+
+def read_edit(
+    picture: str | os.PathLike[str] | Image.Image, image_shape: tuple[int, int, int], name: str = "image"
+) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
+    """As load_edit, of a picture that is open, or of a file.
+
+    Raises:
+        ImageFileError: as load_edit.
+    """
+    if not isinstance(picture, Image.Image):
+        return load_edit(picture, image_shape)
     height, width, channels = image_shape
-    if image.size != (width, height):
-        found = f"{image.width} × {image.height}"
+    if picture.size != (width, height):
+        found = f"{picture.width} × {picture.height}"
         raise ImageFileError(f"{name}: the edit is {found} pixels (width × height), the model's are {width} × {height}")
-    if not image.has_transparency_data:
+    if not picture.has_transparency_data:
         raise ImageFileError(
             f"{name}: the edit has no transparency: make the pixels that may follow transparent and save it as PNG"
         )
-    colours = image.convert("RGBA")
+    colours = picture.convert("RGBA")
     mask = np.asarray(colours.getchannel("A")) >= OPAQUE_ALPHA
     if not mask.any():
         raise ImageFileError(f"{name}: the edit has no opaque pixel (alpha ≥ {OPAQUE_ALPHA}), so it fixes nothing")
@@ -193,10 +280,16 @@ def contact_sheet(images: NDArray[np.uint8], columns: int | None = None, gap: in
     return sheet
 
 
+def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
+    """Images (N, H, W, C) or (H, W, C) uint8, C = 1 or 3, as Pillow's pictures."""
+    rows = images if images.ndim == 4 else images[None]
+    return [Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row) for row in rows]
+
+
 def encode_png(image: NDArray[np.uint8]) -> bytes:
     """An image, (H, W, C) uint8 with C = 1 or 3, as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
+    to_pil(image)[0].save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -1,33 +1,74 @@
-"""Model families by name. A new one is one file here that says what is different about it, and one line below."""
+"""Model families by name. A new one is one file here, or anywhere else, that registers itself.
+
+A family says what is different about a model: its options, their defaults for an image size, how it is built, and the
+phases and constraints of its training. See docs/families.md for one written step by step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from covae_core.errors import InvalidArgument
-from covae_train.config import RunConfig, build_config
-from covae_train.families import beta_vae, sos_vae
+from covae_train.config import ImageShape, Options, RunConfig, validated
 from covae_train.image_model import ImageModel
+from covae_train.objective import Constraint
+from covae_train.phases import Phase
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Terms of the bound held at targets, the multipliers' damping per nat per image, and their learning rate."""
+
+    items: Sequence[Constraint] = ()
+    damping: float = 0.0
+    learning_rate: float = 0.0
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family is configured, built and constrained.
+    """A recipe for models.
 
-    `targets(config)` maps each constrained term of the bound (`kl`, `entropy`) to its target in nats per image.
+    name: as in `covae train NAME`. summary: one line for `covae train --help`. options: its options. defaults: those
+    defaults that depend on the image's shape (H, W, C). build: a freshly initialised model; torch's global generator
+    decides its weights. phases: of its training. constraints: held in all of them; none by default. They take a
+    RunConfig, or its options where that is all they need: see each field's type.
+
+    defaults and build may raise InvalidArgument for what the family cannot do, before anything is trained.
     """
 
-    config: type[RunConfig]
-    build: Callable[[Any], ImageModel]
-    targets: Callable[[Any], dict[str, float]]
+    name: str
+    summary: str
+    options: type[Options]
+    build: Callable[[RunConfig], ImageModel]
+    phases: Callable[[RunConfig], Sequence[Phase]]
+    defaults: Callable[[ImageShape], Mapping[str, Any]] = lambda shape: {}
+    constraints: Callable[[RunConfig], Constraints] = lambda config: Constraints()
 
 
-FAMILIES = {
-    "sos-vae": Family(sos_vae.SosVaeConfig, sos_vae.build, sos_vae.targets),
-    "beta-vae": Family(beta_vae.BetaVaeConfig, beta_vae.build, beta_vae.targets),
-}
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known by its name; a second one of that name takes its place."""
+    _FAMILIES[family.name] = family
+    return family
+
+
+@cache
+def _import_own() -> None:
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+        import_module(f"{__name__}.{module.name}")
+
+
+def families() -> dict[str, Family]:
+    """Every family by name, sorted."""
+    _import_own()
+    return dict(sorted(_FAMILIES.items()))
 
 
 def find_family(name: str) -> Family:
@@ -36,14 +77,24 @@ def find_family(name: str) -> Family:
     Raises:
         InvalidArgument: there is none.
     """
-    if name not in FAMILIES:
-        raise InvalidArgument(f"family: found {name!r}; expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    known = families()
+    if name not in known:
+        raise InvalidArgument(f"family: found {name!r}; expected one of {', '.join(known)}")
+    return known[name]
 
 
-def make_config(**given: Any) -> RunConfig:
-    """A family's configuration from options; see `build_config`."""
-    return build_config(find_family(given["family"]).config, given)
+def make_config(*, family: str, data: str, image_shape: ImageShape, **given: Any) -> RunConfig:
+    """A run's configuration: RunConfig's fields, and the family's options over its defaults for the image's shape.
+
+    Raises:
+        InvalidArgument: an option is unknown to the family or out of range; every one of them is named.
+    """
+    recipe = find_family(family)
+    general = {name: given.pop(name) for name in RunConfig.model_fields if name in given and name != "options"}
+    options = validated(recipe.options, {**recipe.defaults(image_shape), **given}, family)
+    values = {"family": family, "data": data, "image_shape": image_shape, **general, "options": options}
+    config: RunConfig = validated(RunConfig, values, family)
+    return config
 
 
 def build_model(config: RunConfig) -> ImageModel:

@@ -3,61 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from math import log, pi
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from array_api_compat import device
 
+from covae_core.backends import Array, backend_of, cached
 from covae_core.densities.base import (
-    Array,
     Density,
     Drawable,
-    condition_rows,
-    float_arrays,
-    one_hot,
-    read_condition,
+    is_sharp,
+    logdet_of_diagonal,
+    overflows,
     read_variance,
-    require_finite,
-    seeded_normals,
+    shared_rows,
+    too_far,
     variance_rows,
     weighted_square,
 )
-from covae_core.densities.checks import (
-    Layout,
-    broadcast_batch,
-    flat_pixel,
-    require_count,
-    split_image,
-    variance_batch,
-)
-from covae_core.densities.slerp import slerp
+from covae_core.densities.layout import Layout, common_batch, flat_pixel, image_shape_of, variance_lead
+from covae_core.densities.observation import Observation
 from covae_core.noise import Stream
 
 
 class DiagonalNormal(Density):
-    """Normal over images with independent pixels: N(μ, D), a LowRankNormal without a factor.
+    """Normal over images with independent pixels: N(μ, D).
 
-    mean: μ (…, C, H, W); variance: the diagonal of D, a positive number or an array that broadcasts to the mean.
-    Arrays are float64 if the mean is, else float32; log_prob and entropy are float64 always.
+    mean: μ (C, H, W) or (B, C, H, W); variance: the diagonal of D, a positive number or an array that broadcasts to the
+    mean. Arrays are NumPy's or torch's, float64 if the mean is, else float32; log_prob and entropy are float64 always.
+    check: look at values too; never while a graph is traced.
 
     Raises:
         InvalidArgument: a shape does not fit, an axis is empty, a value is not finite, or a variance is not positive.
     """
 
     kind: ClassVar[str] = "diagonal-normal"
-    rank: int = 0
 
-    def __init__(self, mean: ArrayLike, variance: ArrayLike) -> None:
-        (mean_array,) = float_arrays(mean)
-        mean_batch, image_shape = split_image("mean", mean_array.shape)
-        self._variance = read_variance(variance, image_shape, mean_array.dtype)
-        batch_shape = broadcast_batch(mean=mean_batch, variance=variance_batch(self._variance.shape, image_shape))
-        self._layout = Layout(batch_shape, image_shape)
-        self.mean = np.broadcast_to(require_finite("mean", mean_array), batch_shape + image_shape)
-        self._mean_rows = self.mean.reshape(self._layout.rows, self._layout.pixels)
-        self._variance_rows = variance_rows(self._variance, self._layout)
+    def __init__(self, mean: Any, variance: Any, *, check: bool = True) -> None:
+        self._backend = backend = backend_of(mean, variance)
+        (mean,) = backend.floats(mean)
+        image_shape = image_shape_of("mean", mean.shape)
+        self._variance = read_variance(backend, variance, image_shape, mean, check=check)
+        batch = common_batch(mean=tuple(mean.shape[:-3]), variance=variance_lead(self._variance.shape, image_shape))
+        self._layout = Layout(batch, image_shape)
+        if check:
+            self._check_finite("mean", mean)
+        self._mean = backend.xp.broadcast_to(mean, batch + image_shape)
+        self._mean_rows = shared_rows(backend, mean, image_shape, self._layout).reshape(-1, self._layout.pixels)
+        self._variance_rows = variance_rows(backend, self._variance, self._layout)
 
     @property
     def variance(self) -> Array:
@@ -66,28 +59,59 @@ class DiagonalNormal(Density):
 
     @property
     def parameters(self) -> dict[str, Array]:
-        """{"variance": D's diagonal}; DiagonalNormal(mean, **parameters) is the same density."""
-        return {"variance": self._variance}
+        """{"mean": μ, "variance": D's diagonal}; DiagonalNormal(**parameters) is the same density."""
+        return {"mean": self._mean, "variance": self._variance}
 
-    def log_prob(self, x: ArrayLike) -> NDArray[np.float64]:
+    def log_prob(self, x: Any) -> Array:
         """Log-density of images in nats, in float64. x: (…, C, H, W), broadcast with the batch; returns (…).
+
+        Raises:
+            InvalidArgument: the shape does not fit, a value is not finite, or it is beyond what float64 can square.
+        """
+        return -0.5 * (self.distance(x) + self._spread(self._logdet, ()) + self._layout.pixels * log(2 * pi))
+
+    def distance(self, x: Any) -> Array:
+        """Mahalanobis square Σ (x − μ)²/d, in float64. x: (…, C, H, W); returns (…).
+
+        Raises:
+            InvalidArgument: as log_prob.
+        """
+        images, sample_shape = self._rows("x", self._backend.array(x, like=self._mean), self.image_shape)
+        self._check_finite("x", images)
+        quadratic = None
+        if not is_sharp(self._backend, self._variance_rows):
+            quadratic = weighted_square(self._backend, images - self._mean_rows, self._variance_rows)
+        if quadratic is None or overflows(self._backend, quadratic):
+            quadratic = self._square_in_float64(images)
+        return quadratic.reshape(sample_shape + self._layout.batch_shape)
+
+    def _square_in_float64(self, images: Array) -> Array:
+        xp = self._backend.xp
+        exact = [xp.astype(array, xp.float64) for array in (images, self._mean_rows, self._variance_rows)]
+        quadratic = weighted_square(self._backend, exact[0] - exact[1], exact[2])
+        if overflows(self._backend, quadratic):
+            self._check_finite("mean", self._mean)
+            raise too_far("x", images)
+        return quadratic
+
+    def entropy(self) -> Array:
+        """Differential entropy (S log 2πe + log|D|)/2 in nats; shape batch_shape."""
+        return self._spread(0.5 * (self._logdet + self._layout.pixels * (1 + log(2 * pi))), ())
+
+    def whiten(self, x: Any) -> Array:
+        """D^(−½)(x − μ), independent standard normals under the density. x: (…, C, H, W); returns the same shape.
 
         Raises:
             InvalidArgument: the shape does not fit, or a value is not finite.
         """
-        images, sample_shape = self._rows("x", np.asarray(x, dtype=self.mean.dtype), self.image_shape)
-        residual = require_finite("x", images) - self._mean_rows
-        quadratic = weighted_square(residual, self._variance_rows)
-        log_prob = -0.5 * (quadratic + self._logdet + self._layout.pixels * log(2 * pi))
-        return np.asarray(log_prob.reshape(sample_shape + self.batch_shape))
-
-    def entropy(self) -> NDArray[np.float64]:
-        """Differential entropy (S log 2πe + log|D|)/2 in nats; shape batch_shape."""
-        return self._spread(0.5 * (self._logdet + self._layout.pixels * (1 + log(2 * pi))), ())
+        images, sample_shape = self._rows("x", self._backend.array(x, like=self._mean), self.image_shape)
+        self._check_finite("x", images)
+        return self._images((images - self._mean_rows) / self._backend.xp.sqrt(self._variance_rows), sample_shape)
 
     def marginal_variance(self) -> Array:
         """Variance of every pixel; shape (*batch_shape, C, H, W)."""
-        return self._spread(np.broadcast_to(self._variance_rows, (len(self._variance_rows), self._layout.pixels)))
+        xp = self._backend.xp
+        return self._spread(xp.broadcast_to(self._variance_rows, (self._variance_rows.shape[0], self._layout.pixels)))
 
     def covariance_with(self, pixel: Sequence[int]) -> Array:
         """Covariance of every pixel with pixel (c, h, w): 0 but for itself; shape (*batch_shape, C, H, W).
@@ -95,97 +119,83 @@ class DiagonalNormal(Density):
         Raises:
             InvalidArgument: pixel is not within the image.
         """
-        index = flat_pixel(pixel, self.image_shape)
-        return self._spread(self._variance_rows * one_hot(index, self._layout.pixels))
+        return self._spread(self._variance_rows * one_hot(self, flat_pixel(pixel, self.image_shape)))
 
-    def from_noise(self, factor_noise: ArrayLike, pixel_noise: ArrayLike) -> Array:
-        """The image μ + √d ε. factor_noise: (…, 0), for the other densities' sake; pixel_noise: ε (…, C, H, W).
+    def from_noise(self, pixel_noise: Any) -> Array:
+        """The image μ + √d ε. pixel_noise: ε (…, C, H, W).
 
         Raises:
             InvalidArgument: a shape does not fit.
         """
-        self._rows("factor_noise", np.asarray(factor_noise, dtype=self.mean.dtype), (0,))
-        return self._noisy_images("pixel_noise", np.asarray(pixel_noise, dtype=self.mean.dtype))
+        noise = self._backend.array(pixel_noise, like=self._mean)
+        rows, sample_shape = self._rows("pixel_noise", noise, self.image_shape)
+        return self._images(self._mean_rows + self._backend.xp.sqrt(self._variance_rows) * rows, sample_shape)
 
-    def condition(self, mask: ArrayLike, pixels: ArrayLike) -> ConditionalDiagonalNormal:
+    def condition(self, mask: Any, pixels: Any, softness: Any = 0.0) -> ConditionalDiagonalNormal:
         """Fix some pixels; the rest stay as they are. Arguments and errors as LowRankNormal.condition."""
-        mask_array, pixel_array, layout = read_condition(self, mask, pixels)
-        return ConditionalDiagonalNormal(self._expand(layout), *condition_rows(mask_array, pixel_array, layout))
+        observation = Observation(self, self._variance_rows, mask, pixels, softness)
+        return ConditionalDiagonalNormal(self._expand(observation.layout), observation)
 
-    def components(self) -> Array:
-        """No components; shape (*batch_shape, 0, C, H, W)."""
-        return np.zeros((*self.batch_shape, 0, *self.image_shape), dtype=self.mean.dtype)
+    @cached
+    def _logdet(self) -> Array:
+        return logdet_of_diagonal(self._backend, self._variance_rows, self._layout.pixels)
 
-    def scale_components(self, scales: ArrayLike, noise: ArrayLike) -> Array:
-        """The mean. scales, noise: (…, 0); returns (…, C, H, W).
-
-        Raises:
-            InvalidArgument: a shape does not fit.
-        """
-        scale_array, _ = self._together((0,), scales=scales, noise=noise)
-        self._rows("scales", scale_array, (0,))
-        return np.broadcast_to(self.mean, scale_array.shape[:-1] + self.image_shape).copy()
-
-    def interpolate(self, noise_a: ArrayLike, noise_b: ArrayLike, steps: int) -> Array:
-        """Images μ + √d slerp(ε_a, ε_b, t), t from 0 to 1. noise_a, noise_b: (…, C, H, W); returns (steps, …, C, H, W).
-
-        Raises:
-            InvalidArgument: a shape does not fit, or steps < 1.
-        """
-        steps = require_count("steps", steps)
-        ends = self._together(self.image_shape, noise_a=noise_a, noise_b=noise_b)
-        start, end = (noise.reshape(*noise.shape[:-3], self._layout.pixels) for noise in ends)
-        path = slerp(start, end, steps)
-        return self._noisy_images("noise", path.reshape(*path.shape[:-1], *self.image_shape).astype(self.mean.dtype))
-
-    @cached_property
-    def _logdet(self) -> NDArray[np.float64]:
-        logs = np.log(self._variance_rows.astype(np.float64)).sum(axis=-1)
-        return np.asarray(logs * (self._layout.pixels / self._variance_rows.shape[-1]))
-
-    def _draw(self, seeds: NDArray[np.int64]) -> Array:
-        noise = seeded_normals(seeds, self._layout.pixels, Stream.PIXEL, self.mean.dtype)
-        return np.asarray(self._mean_rows + np.sqrt(self._variance_rows) * noise)
-
-    def _noisy_images(self, name: str, noise: Array) -> Array:
-        rows, sample_shape = self._rows(name, noise, self.image_shape)
-        return self._images(self._mean_rows + np.sqrt(self._variance_rows) * rows, sample_shape)
+    def _draw(self, seeds: Array) -> Array:
+        noise = self._noise(seeds, self._layout.pixels, Stream.PIXEL, self._mean.dtype)
+        return self._mean_rows + self._backend.xp.sqrt(self._variance_rows) * noise
 
     def _expand(self, layout: Layout) -> DiagonalNormal:
         if layout.batch_shape == self.batch_shape:
             return self
-        return DiagonalNormal(np.broadcast_to(self.mean, layout.batch_shape + layout.image_shape), self._variance)
+        mean = self._backend.xp.broadcast_to(self._mean, layout.batch_shape + layout.image_shape)
+        return DiagonalNormal(mean, self._variance, check=False)
 
 
 class ConditionalDiagonalNormal(Drawable):
     """A DiagonalNormal with some pixels fixed; the others keep their mean and variance. Made by its condition."""
 
-    def __init__(self, density: DiagonalNormal, mask: NDArray[np.bool_], pixels: Array) -> None:
-        self._density = density
-        self._layout = density._layout
-        self._mask = mask
-        self._pixels = pixels
+    def __init__(self, density: DiagonalNormal, observation: Observation) -> None:
+        self._density, self._observation = density, observation
+        self._layout, self._backend = density._layout, density._backend
 
-    @cached_property
+    @cached
     def mean(self) -> Array:
         """The fixed values on the mask, μ off it; shape (*batch_shape, C, H, W)."""
-        return self._images(np.where(self._mask, self._pixels, self._density._mean_rows), ())
+        return self._images(self._agree(self._density._mean_rows[None], None), ())
+
+    def distance(self) -> Array:
+        """Mahalanobis square of the fixed values under the density, in float64: χ² of as many degrees of freedom as
+        values are fixed. shape: batch_shape"""
+        seen, backend = self._observation, self._backend
+        residual = (seen.pixels - backend.take(self._density._mean_rows[None], seen.columns)) * seen.counted
+        return self._spread(weighted_square(backend, residual, seen.variance)[0], ())
 
     def marginal_variance(self) -> Array:
-        """Variance of every pixel, 0 on the mask; shape (*batch_shape, C, H, W)."""
-        return self._off_mask(self._density.marginal_variance())
+        """Variance of every pixel, 0 on the mask (softness 0); shape (*batch_shape, C, H, W)."""
+        # (1 − g)² d of the density and g² s² of the observation's noise together are (1 − g) d.
+        return self._spread(self._observation.keep_everywhere() * self._density._variance_rows)
 
     def covariance_with(self, pixel: Sequence[int]) -> Array:
-        """Covariance of every pixel with pixel (c, h, w), 0 on the mask; shape (*batch_shape, C, H, W).
+        """Covariance of every pixel with pixel (c, h, w), 0 on the mask (softness 0); shape (*batch_shape, C, H, W).
 
         Raises:
             InvalidArgument: pixel is not within the image.
         """
-        return self._off_mask(self._density.covariance_with(pixel))
+        own = one_hot(self._density, flat_pixel(pixel, self.image_shape))
+        return self._spread(self._observation.keep_everywhere() * self._density._variance_rows * own)
 
-    def _off_mask(self, images: Array) -> Array:
-        rows = images.reshape(self._layout.rows, self._layout.pixels)
-        return self._spread(np.where(self._mask, 0, rows).astype(images.dtype))
+    def _draw(self, seeds: Array) -> Array:
+        return self._agree(self._density._draw(seeds), seeds)
 
-    def _draw(self, seeds: NDArray[np.int64]) -> Array:
-        return np.where(self._mask, self._pixels, self._density._draw(seeds))
+    def _agree(self, images: Array, seeds: Array | None) -> Array:
+        seen, xp = self._observation, self._backend.xp
+        _, fixed = seen.observed(seeds)
+        shift = xp.zeros((images.shape[0], self._layout.rows, self._layout.pixels), dtype=images.dtype)
+        return self._backend.overlay(images, shift, seen.keep, fixed, seen.columns)
+
+
+def one_hot(density: Density, index: int) -> Array:
+    """Zeros with a one at index, of the density's dtype. shape: (S,)"""
+    backend = density._backend
+    places = backend.xp.arange(density._layout.pixels, device=device(density.mean))
+    return backend.xp.astype(places == index, density.mean.dtype)

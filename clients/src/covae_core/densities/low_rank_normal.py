@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from math import log, pi
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
+from covae_core.backends import Array, backend_of, cached
 from covae_core.densities.base import (
-    Array,
     Density,
     Drawable,
-    condition_rows,
-    float_arrays,
-    one_hot,
-    read_condition,
+    is_sharp,
+    logdet_of_diagonal,
+    overflows,
     read_variance,
-    require_finite,
-    seeded_normals,
+    shared_rows,
+    too_far,
     variance_rows,
     weighted_square,
 )
-from covae_core.densities.checks import (
+from covae_core.densities.diagonal_normal import one_hot
+from covae_core.densities.factor_posterior import FactorPosterior, times, times_transposed
+from covae_core.densities.layout import (
     Layout,
-    broadcast_batch,
+    common_batch,
     flat_pixel,
+    image_shape_of,
+    rank_of,
     require_count,
-    split_factor,
-    split_image,
-    variance_batch,
+    variance_lead,
 )
-from covae_core.densities.factor_posterior import FactorPosterior, gram, times, times_transposed
+from covae_core.densities.observation import Observation
 from covae_core.densities.slerp import slerp
 from covae_core.noise import Stream
 
-# Masks that touch more than this share of the columns are multiplied in, not gathered: a gather is a slow copy.
-GATHERED_SHARE = 1 / 3
 # Up to this many gathered columns the R×R products are float64 throughout: they cost nothing.
 PRECISE_COLUMNS = 512
 
@@ -46,10 +43,11 @@ PRECISE_COLUMNS = 512
 class LowRankNormal(Density):
     """Normal over images whose covariance is low-rank plus diagonal: N(μ, P Pᵀ + D) (SOS-VAE eq. 3).
 
-    mean: μ (…, C, H, W); factor: P (…, R, C, H, W); variance: the diagonal of D, a positive number or an array that
-    broadcasts to the mean; a number, or one per image, is the fast case. Batch axes broadcast; a factor without them is
-    shared. Arrays are float64 if mean or factor is, else float32; log_prob and entropy are float64 always. A score
-    costs O(S R²) for S = C·H·W, and nothing of size S×S is ever formed.
+    mean: μ (C, H, W) or (B, C, H, W); factor: P (R, C, H, W), shared by the batch, or (B, R, C, H, W); variance: the
+    diagonal of D, a positive number or an array that broadcasts to the mean; a number, or one per image, is the fast
+    case. Arrays are NumPy's or torch's, float64 if mean or factor is, else float32; log_prob and entropy are float64
+    always. A score costs O(S R²) for S = C·H·W, and nothing of size S×S is ever formed. check: look at values too,
+    which costs passes over P; never while a graph is traced.
 
     >>> import numpy as np
     >>> density = LowRankNormal(np.zeros((1, 2, 2)), np.ones((1, 1, 2, 2)), 0.5)
@@ -63,31 +61,31 @@ class LowRankNormal(Density):
 
     kind: ClassVar[str] = "low-rank-normal"
 
-    def __init__(self, mean: ArrayLike, factor: ArrayLike, variance: ArrayLike) -> None:
-        mean_array, factor_array = float_arrays(mean, factor)
-        mean_batch, image_shape = split_image("mean", mean_array.shape)
-        factor_batch, self.rank = split_factor(factor_array.shape, image_shape)
-        self._factor = require_finite("factor", factor_array)
-        self._variance = read_variance(variance, image_shape, mean_array.dtype)
-        batch_shape = broadcast_batch(
-            mean=mean_batch, factor=factor_batch, variance=variance_batch(self._variance.shape, image_shape)
+    def __init__(self, mean: Any, factor: Any, variance: Any, *, check: bool = True) -> None:
+        self._backend = backend = backend_of(mean, factor, variance)
+        mean, self._factor = backend.floats(mean, factor)
+        image_shape = image_shape_of("mean", mean.shape)
+        self.rank = rank_of(self._factor.shape, image_shape)
+        self._variance = read_variance(backend, variance, image_shape, mean, check=check)
+        batch = common_batch(
+            mean=tuple(mean.shape[:-3]),
+            factor=tuple(self._factor.shape[:-4]),
+            variance=variance_lead(self._variance.shape, image_shape),
         )
-        self._layout = Layout(batch_shape, image_shape)
-        self.mean = np.broadcast_to(require_finite("mean", mean_array), batch_shape + image_shape)
-        self._mean_rows = self.mean.reshape(self._layout.rows, self._layout.pixels)
-        self._factor_rows = self._flatten_factor(factor_batch)
-        self._variance_rows = variance_rows(self._variance, self._layout)
-
-    def _flatten_factor(self, batch: tuple[int, ...]) -> Array:
-        """The factor as (B or 1, R, S), 1 if the batch shares it."""
-        if all(size == 1 for size in batch):
-            return self._factor.reshape(1, self.rank, self._layout.pixels)
-        full = np.broadcast_to(self._factor, self.batch_shape + self._factor.shape[-4:])
-        return full.reshape(self._layout.rows, self.rank, self._layout.pixels)
+        self._layout = Layout(batch, image_shape)
+        if check:
+            self._check_finite("mean", mean)
+            self._check_finite("factor", self._factor)
+        pixels = self._layout.pixels
+        self._mean = backend.xp.broadcast_to(mean, batch + image_shape)
+        self._mean_rows = shared_rows(backend, mean, image_shape, self._layout).reshape(-1, pixels)
+        factor_rows = shared_rows(backend, self._factor, (self.rank, *image_shape), self._layout)
+        self._factor_rows = factor_rows.reshape(-1, self.rank, pixels)
+        self._variance_rows = variance_rows(backend, self._variance, self._layout)
 
     @property
     def factor(self) -> Array:
-        """P; shape (…, R, C, H, W), as given."""
+        """P; shape (R, C, H, W) or (B, R, C, H, W), as given."""
         return self._factor
 
     @property
@@ -97,36 +95,91 @@ class LowRankNormal(Density):
 
     @property
     def parameters(self) -> dict[str, Array]:
-        """{"factor": P, "variance": D's diagonal}; LowRankNormal(mean, **parameters) is the same density."""
-        return {"factor": self._factor, "variance": self._variance}
+        """{"mean": μ, "factor": P, "variance": D's diagonal}; LowRankNormal(**parameters) is the same density."""
+        return {"mean": self._mean, "factor": self._factor, "variance": self._variance}
 
-    def log_prob(self, x: ArrayLike) -> NDArray[np.float64]:
+    def log_prob(self, x: Any) -> Array:
         """Log-density of images in nats (SOS-VAE eq. 3), in float64.
 
         The quadratic form is ‖(r − P c)/√D‖² + ‖c‖² with r = x − μ and c = K⁻¹PᵀD⁻¹r. The difference r'D⁻¹r − c'Kc of
-        two large numbers that textbooks give loses several nats in float32.
+        two large numbers that textbooks give loses several nats in float32. Where D is below SHARP_VARIANCE, or a
+        square overflows, everything is done in float64.
 
         x: (…, C, H, W), broadcast with the batch; returns (…).
 
         Raises:
+            InvalidArgument: the shape does not fit, a value is not finite, or it is beyond what float64 can square.
+        """
+        return -0.5 * (self.distance(x) + self._spread(self._logdet, ()) + self._layout.pixels * log(2 * pi))
+
+    def distance(self, x: Any) -> Array:
+        """Mahalanobis square (x − μ)ᵀ(P Pᵀ + D)⁻¹(x − μ), in float64. x: (…, C, H, W); returns (…).
+
+        Raises:
+            InvalidArgument: as log_prob.
+        """
+        images, sample_shape = self._rows("x", self._backend.array(x, like=self._mean), self.image_shape)
+        self._check_finite("x", images)
+        quadratic = None if is_sharp(self._backend, self._variance_rows) else self._square(images)
+        if quadratic is None or overflows(self._backend, quadratic):
+            xp = self._backend.xp
+            quadratic = self._exact._square(xp.astype(images, xp.float64))
+            if overflows(self._backend, quadratic):
+                self._check_finite("mean", self._mean)
+                raise too_far("x", images)
+        return quadratic.reshape(sample_shape + self._layout.batch_shape)
+
+    def _square(self, images: Array) -> Array:
+        backend, xp = self._backend, self._backend.xp
+        residual = images - self._mean_rows
+        noise = self._posterior.mean(residual)
+        rest = residual - times(backend, xp.astype(noise, residual.dtype, copy=False), self._factor_rows)
+        with np.errstate(over="ignore"):
+            return weighted_square(backend, rest, self._variance_rows) + xp.sum(noise * noise, axis=-1)
+
+    def entropy(self) -> Array:
+        """Differential entropy (S log 2πe + log|D| + log|K|)/2 in nats (SOS-VAE eq. 7); shape batch_shape."""
+        return self._spread(0.5 * (self._logdet + self._layout.pixels * (1 + log(2 * pi))), ())
+
+    def whiten(self, x: Any) -> Array:
+        """(I + P̃P̃ᵀ)^(−½) r̃ with r̃ = D^(−½)(x − μ) and P̃ = D^(−½)P: independent standard normals under the density.
+
+        With P̃ᵀP̃ = V diag(s²) Vᵀ it is r̃ − P̃ V diag((1 − 1/√(1 + s²))/s²) Vᵀ P̃ᵀ r̃.
+
+        x: (…, C, H, W), broadcast with the batch; returns the same shape.
+
+        Raises:
             InvalidArgument: the shape does not fit, or a value is not finite.
         """
-        images, sample_shape = self._rows("x", np.asarray(x, dtype=self.mean.dtype), self.image_shape)
-        residual = require_finite("x", images) - self._mean_rows
-        noise = self._posterior.mean(residual)
-        rest = residual - times(noise.astype(residual.dtype), self._factor_rows)
-        quadratic = weighted_square(rest, self._variance_rows) + np.square(noise).sum(axis=-1)
-        log_prob = -0.5 * (quadratic + self._logdet + self._layout.pixels * log(2 * pi))
-        return np.asarray(log_prob.reshape(sample_shape + self.batch_shape))
+        backend, xp = self._backend, self._backend.xp
+        images, sample_shape = self._rows("x", backend.array(x, like=self._mean), self.image_shape)
+        self._check_finite("x", images)
+        roots = xp.sqrt(self._variance_rows)
+        white = (images - self._mean_rows) / roots
+        factor = self._factor_rows / roots[:, None]
+        squares, vectors = xp.linalg.eigh(backend.gram(self._factor_rows, None, self._variance_rows, exact=True))
+        squares = squares * (squares > 0)
+        root = xp.sqrt(1 + squares)
+        shrink = 1 / (root * (1 + root))  # (1 − 1/√(1 + s²))/s² without the difference
+        along = xp.astype(times_transposed(backend, white, factor), xp.float64)
+        inside = times(backend, shrink * times(backend, along, vectors), xp.matrix_transpose(vectors))
+        return self._images(white - times(backend, xp.astype(inside, white.dtype), factor), sample_shape)
 
-    def entropy(self) -> NDArray[np.float64]:
-        """Differential entropy (S log 2πe + log|D| + log|K|)/2 in nats (SOS-VAE eq. 7); shape batch_shape."""
-        entropy = 0.5 * (self._logdet + self._layout.pixels * (1 + log(2 * pi)))
-        return self._spread(entropy, ())
+    def project(self, x: Any) -> Array:
+        """μ + P E[w|x]: what the factor makes of an image: PCA's reconstruction, shrunk by D. x: (…, C, H, W).
+
+        Raises:
+            InvalidArgument: the shape does not fit, or a value is not finite.
+        """
+        backend = self._backend
+        images, sample_shape = self._rows("x", backend.array(x, like=self._mean), self.image_shape)
+        self._check_finite("x", images)
+        noise = backend.xp.astype(self._posterior.mean(images - self._mean_rows), self._mean.dtype, copy=False)
+        return self._images(self._mean_rows + times(backend, noise, self._factor_rows), sample_shape)
 
     def marginal_variance(self) -> Array:
         """Variance of every pixel, diag(P Pᵀ) + D; shape (*batch_shape, C, H, W)."""
-        explained = np.einsum("brs,brs->bs", self._factor_rows, self._factor_rows)
+        explained = self._backend.xp.sum(self._factor_rows * self._factor_rows, axis=1)
         return self._spread(explained + self._variance_rows)
 
     def covariance_with(self, pixel: Sequence[int]) -> Array:
@@ -136,32 +189,34 @@ class LowRankNormal(Density):
             InvalidArgument: pixel is not within the image.
         """
         index = flat_pixel(pixel, self.image_shape)
-        covariance = times(self._factor_rows[None, :, :, index], self._factor_rows)[0]
-        return self._spread(covariance + self._variance_rows * one_hot(index, self._layout.pixels))
+        covariance = times(self._backend, self._factor_rows[None, :, :, index], self._factor_rows)[0]
+        return self._spread(covariance + self._variance_rows * one_hot(self, index))
 
-    def from_noise(self, factor_noise: ArrayLike, pixel_noise: ArrayLike) -> Array:
+    def from_noise(self, factor_noise: Any, pixel_noise: Any) -> Array:
         """The image μ + P w + √d ε (SOS-VAE eq. 4). factor_noise: w (…, R); pixel_noise: ε (…, C, H, W).
 
         Raises:
             InvalidArgument: a shape does not fit.
         """
-        smooth = self._smooth_images("factor_noise", np.asarray(factor_noise, dtype=self.mean.dtype))
-        pixel_array = np.asarray(pixel_noise, dtype=self.mean.dtype)
-        pixels, sample_shape = self._rows("pixel_noise", pixel_array, self.image_shape)
-        return smooth + self._images(np.sqrt(self._variance_rows) * pixels, sample_shape)
+        smooth = self._smooth_images("factor_noise", factor_noise)
+        noise = self._backend.array(pixel_noise, like=self._mean)
+        pixels, sample_shape = self._rows("pixel_noise", noise, self.image_shape)
+        return smooth + self._images(self._backend.xp.sqrt(self._variance_rows) * pixels, sample_shape)
 
-    def condition(self, mask: ArrayLike, pixels: ArrayLike) -> ConditionalLowRankNormal:
+    def condition(self, mask: Any, pixels: Any, softness: Any = 0.0) -> ConditionalLowRankNormal:
         """Fix some pixels; the rest follow (SOS-VAE eq. 6, through the R×R capacitance of the fixed pixels).
 
-        mask: bool (…, H, W), which fixes all channels of a pixel, or (…, C, H, W). A mask with fewer axes than the
-        mean or the pixels is read as the former; otherwise one whose third axis from the end is C or 1 as the latter.
-        pixels: (…, C, H, W); its values off the mask are ignored. Batches of mask, pixels and density broadcast.
+        mask: bool (H, W) or (B, H, W), which fixes all channels of a pixel, or (B, C, H, W). pixels: (C, H, W) or
+        (B, C, H, W); its values off the mask are ignored. softness: standard deviation of the noise with which the
+        fixed pixels are seen, one number or one per row, (B,); 0 fixes them exactly. Batches of mask, pixels, softness
+        and density go together where their sizes are the same, or 1.
 
         Raises:
-            InvalidArgument: a shape does not fit, mask is not bool, or a pixel on the mask is not finite.
+            InvalidArgument: a shape does not fit, mask is not bool, a pixel on the mask is not finite, or the softness
+                is negative.
         """
-        mask_array, pixel_array, layout = read_condition(self, mask, pixels)
-        return ConditionalLowRankNormal(self._expand(layout), *condition_rows(mask_array, pixel_array, layout))
+        observation = Observation(self, self._variance_rows, mask, pixels, softness)
+        return ConditionalLowRankNormal(self._expand(observation.layout), observation)
 
     def components(self) -> Array:
         """Principal components P V of the factor, largest first; shape (*batch_shape, R, C, H, W).
@@ -169,14 +224,14 @@ class LowRankNormal(Density):
         V holds the eigenvectors of PᵀP; the norms are P's singular values. Of each component the entry of largest
         magnitude is positive.
         """
-        basis = self._basis.astype(self.mean.dtype)
-        components = basis.swapaxes(1, 2) @ self._factor_rows
-        largest = np.abs(components).argmax(axis=-1)[..., None]
-        components = components * np.where(np.take_along_axis(components, largest, axis=-1) < 0, -1, 1)
-        components = components.astype(self.mean.dtype, copy=False)
+        xp = self._backend.xp
+        components = xp.matrix_transpose(xp.astype(self._basis, self._mean.dtype, copy=False)) @ self._factor_rows
+        largest = xp.argmax(xp.abs(components), axis=-1, keepdims=True)
+        sign = xp.sign(xp.take_along_axis(components, largest, axis=-1))
+        components = components * xp.where(sign < 0, sign, xp.ones_like(sign))
         return self._spread(components, (self.rank, *self.image_shape))
 
-    def scale_components(self, scales: ArrayLike, noise: ArrayLike) -> Array:
+    def scale_components(self, scales: Any, noise: Any) -> Array:
         """The image μ + P V diag(a) Vᵀ w (SOS-VAE eq. 5), no pixel noise, exact at a = 0.
 
         scales: a (…, R), in the order of components(); noise: w (…, R). They broadcast; returns (…, C, H, W).
@@ -187,160 +242,133 @@ class LowRankNormal(Density):
         scale_array, noise_array = self._together((self.rank,), scales=scales, noise=noise)
         scale_rows, _ = self._rows("scales", scale_array, (self.rank,))
         noise_rows, sample_shape = self._rows("noise", noise_array, (self.rank,))
-        scaled = times_transposed(scale_rows * times(noise_rows, self._basis), self._basis)
+        along = scale_rows * times(self._backend, noise_rows, self._basis)
+        scaled = times_transposed(self._backend, along, self._basis)
         return self._smooth_images("noise", scaled.reshape(*sample_shape, *self.batch_shape, self.rank))
 
-    def interpolate(self, noise_a: ArrayLike, noise_b: ArrayLike, steps: int) -> Array:
+    def interpolate(self, noise_a: Any, noise_b: Any, steps: int) -> Array:
         """Images μ + P slerp(w_a, w_b, t), t from 0 to 1 (SOS-VAE eq. 4 without ε, eq. 8).
 
-        noise_a, noise_b: (…, R); returns (steps, …, C, H, W).
+        noise_a, noise_b: (R,) or (B, R); returns (steps, *batch_shape, C, H, W).
 
         Raises:
             InvalidArgument: a shape does not fit, or steps < 1.
         """
         steps = require_count("steps", steps)
         start, end = self._together((self.rank,), noise_a=noise_a, noise_b=noise_b)
-        return self._smooth_images("noise", slerp(start, end, steps))
+        for name, array in (("noise_a", start), ("noise_b", end)):
+            self._layout.sample_shape(name, array.shape, (self.rank,))
+        path = slerp(start, end, steps)
+        if path.ndim == 2 and self.batch_shape:
+            path = path[:, None]
+        return self._smooth_images("noise", path)
 
-    @cached_property
+    @cached
     def _posterior(self) -> FactorPosterior:
-        return FactorPosterior(self._factor_rows, None, self._variance_rows)
+        return FactorPosterior(self._backend, self._factor_rows, None, self._variance_rows)
 
-    @cached_property
-    def _logdet(self) -> NDArray[np.float64]:
+    @cached
+    def _exact(self) -> LowRankNormal:
+        return self.to(self._backend.xp.float64)
+
+    @cached
+    def _logdet(self) -> Array:
         """log |P Pᵀ + D| = log |D| + log |K|. shape: (B or 1,)"""
-        logs = np.log(self._variance_rows.astype(np.float64)).sum(axis=-1)
-        return np.asarray(logs * (self._layout.pixels / self._variance_rows.shape[-1]) + self._posterior.logdet)
+        return logdet_of_diagonal(self._backend, self._variance_rows, self._layout.pixels) + self._posterior.logdet
 
-    @cached_property
-    def _basis(self) -> NDArray[np.float64]:
+    @cached
+    def _basis(self) -> Array:
         """V, the eigenvectors of PᵀP by descending eigenvalue. shape: (B or 1, R, R)"""
-        return np.linalg.eigh(gram(self._factor_rows, None, np.float64))[1][..., ::-1]
+        xp = self._backend.xp
+        return xp.flip(xp.linalg.eigh(self._backend.gram(self._factor_rows, None, None, exact=True))[1], axis=-1)
 
-    def _draw(self, seeds: NDArray[np.int64]) -> Array:
-        factor_noise = seeded_normals(seeds, self.rank, Stream.FACTOR, self.mean.dtype)
-        pixel_noise = seeded_normals(seeds, self._layout.pixels, Stream.PIXEL, self.mean.dtype)
-        smooth = self._mean_rows + times(factor_noise, self._factor_rows)
-        return np.asarray(smooth + np.sqrt(self._variance_rows) * pixel_noise)
+    def _draw(self, seeds: Array) -> Array:
+        dtype, backend = self._mean.dtype, self._backend
+        factor_noise = self._noise(seeds, self.rank, Stream.FACTOR, dtype)
+        pixel_noise = self._noise(seeds, self._layout.pixels, Stream.PIXEL, dtype)
+        smooth = self._mean_rows + times(backend, factor_noise, self._factor_rows)
+        return smooth + backend.xp.sqrt(self._variance_rows) * pixel_noise
 
-    def _smooth_images(self, name: str, noise: Array) -> Array:
+    def _smooth_images(self, name: str, noise: Any) -> Array:
         """The image μ + P w of noise (…, R)."""
-        rows, sample_shape = self._rows(name, noise.astype(self.mean.dtype), (self.rank,))
-        return self._images(self._mean_rows + times(rows, self._factor_rows), sample_shape)
+        rows, sample_shape = self._rows(name, self._backend.array(noise, like=self._mean), (self.rank,))
+        return self._images(self._mean_rows + times(self._backend, rows, self._factor_rows), sample_shape)
 
     def _expand(self, layout: Layout) -> LowRankNormal:
         if layout.batch_shape == self.batch_shape:
             return self
-        mean = np.broadcast_to(self.mean, layout.batch_shape + layout.image_shape)
-        return LowRankNormal(mean, self._factor, self._variance)
+        mean = self._backend.xp.broadcast_to(self._mean, layout.batch_shape + layout.image_shape)
+        return LowRankNormal(mean, self._factor, self._variance, check=False)
 
 
 class ConditionalLowRankNormal(Drawable):
     """A LowRankNormal with some pixels fixed: N(μ + P c, P K⁻¹ Pᵀ + D) off the mask (SOS-VAE eq. 6).
 
-    K = I + Pᵀdiag(m/d)P and c = K⁻¹Pᵀdiag(m/d)(b − μ) for the mask m and the fixed values b: only masked columns of P
-    enter the R×R algebra. Made by LowRankNormal.condition.
+    K = I + Pᵀdiag(m/(d + s²))P and c = K⁻¹Pᵀdiag(m/(d + s²))(b − μ) for the mask m, the fixed values b and the softness
+    s: only masked columns of P enter the R×R algebra. On the mask the image is g b + (1 − g)(μ + P c) with
+    g = d/(d + s²), which is b itself at s = 0. Made by LowRankNormal.condition.
     """
 
-    def __init__(self, density: LowRankNormal, mask: NDArray[np.bool_], pixels: Array) -> None:
-        self._density = density
-        self._layout = density._layout
-        self._mask = mask
-        self._columns, self._counted, self._posterior = _observe(density, mask)
-        self._fixed = _gather(pixels, self._columns) * self._counted
+    def __init__(self, density: LowRankNormal, observation: Observation) -> None:
+        self._density, self._observation = density, observation
+        self._layout, self._backend = density._layout, density._backend
+        seen = observation
+        if seen.everything and seen.soft is None:
+            self._posterior = density._posterior
+            return
+        precise = seen.columns is not None and seen.most <= PRECISE_COLUMNS
+        self._posterior = FactorPosterior(
+            self._backend, self._observed_factor(), seen.counted, seen.variance, precise=precise
+        )
 
-    @cached_property
+    def _observed_factor(self) -> Array:
+        columns, factor = self._observation.columns, self._density._factor_rows
+        return factor if columns is None else self._backend.take_factor(factor, columns)
+
+    @cached
     def mean(self) -> Array:
         """The conditional mean: the fixed values on the mask, μ + P c off it; shape (*batch_shape, C, H, W)."""
-        return self._images(self._agree(self._density._mean_rows[None]), ())
+        return self._images(self._agree(self._density._mean_rows[None], None), ())
+
+    def distance(self) -> Array:
+        """Mahalanobis square of the fixed values under the density, in float64: χ² of as many degrees of freedom as
+        values are fixed. shape: batch_shape"""
+        seen, backend, xp = self._observation, self._backend, self._backend.xp
+        residual = (seen.pixels - backend.take(self._density._mean_rows[None], seen.columns)) * seen.counted
+        noise = self._posterior.mean(residual)
+        spanned = times(backend, xp.astype(noise, residual.dtype, copy=False), self._observed_factor())
+        rest = (residual - spanned) * seen.counted
+        return self._spread((weighted_square(backend, rest, seen.variance) + xp.sum(noise * noise, axis=-1))[0], ())
 
     def marginal_variance(self) -> Array:
-        """Variance of every pixel, 0 on the mask; shape (*batch_shape, C, H, W)."""
-        density = self._density
-        whitened = self._posterior.whitener.astype(density.mean.dtype) @ density._factor_rows
-        variance = np.einsum("brs,brs->bs", whitened, whitened) + density._variance_rows
-        return self._spread(np.where(self._mask, 0, variance).astype(density.mean.dtype))
+        """Variance of every pixel, 0 on the mask (softness 0); shape (*batch_shape, C, H, W)."""
+        density, xp = self._density, self._backend.xp
+        keep = self._observation.keep_everywhere()
+        whitened = xp.astype(self._posterior.whitener, density.mean.dtype, copy=False) @ density._factor_rows
+        # (1 − g)² d of the density and g² s² of the observation's noise together are (1 − g) d.
+        return self._spread(keep * (keep * xp.sum(whitened * whitened, axis=1) + density._variance_rows))
 
     def covariance_with(self, pixel: Sequence[int]) -> Array:
-        """Covariance of every pixel with pixel (c, h, w), 0 on the mask; shape (*batch_shape, C, H, W).
+        """Covariance of every pixel with pixel (c, h, w), 0 on the mask (softness 0); shape (*batch_shape, C, H, W).
 
         Raises:
             InvalidArgument: pixel is not within the image.
         """
         density, index = self._density, flat_pixel(pixel, self.image_shape)
-        noise = self._posterior.solve(density._factor_rows[None, :, :, index]).astype(density.mean.dtype)
-        covariance = times(noise, density._factor_rows)[0]
-        covariance = covariance + density._variance_rows * one_hot(index, self._layout.pixels)
-        fixed = self._mask | self._mask[:, index, None]
-        return self._spread(np.where(fixed, 0, covariance).astype(density.mean.dtype))
+        keep = self._observation.keep_everywhere()
+        noise = self._posterior.solve(density._factor_rows[None, :, :, index])
+        noise = self._backend.xp.astype(noise, density.mean.dtype, copy=False)
+        covariance = times(self._backend, noise, density._factor_rows)[0] * keep[:, index, None]
+        return self._spread(keep * (covariance + density._variance_rows * one_hot(density, index)))
 
-    def _draw(self, seeds: NDArray[np.int64]) -> Array:
-        return self._agree(self._density._draw(seeds))
+    def _draw(self, seeds: Array) -> Array:
+        return self._agree(self._density._draw(seeds), seeds)
 
-    def _agree(self, images: Array) -> Array:
+    def _agree(self, images: Array, seeds: Array | None) -> Array:
         """Matheron's rule: move images (N, B, S) of the unconditional density so that they agree with the pixels."""
-        residual = (self._fixed - _gather(images, self._columns)) * self._counted
-        noise = self._posterior.mean(residual)
-        shifted = times(noise.astype(images.dtype), self._density._factor_rows)
-        shifted += images
-        if self._columns is None:
-            # Sums of products with 0 and 1 are exact, and much faster than numpy.where on a scattered mask.
-            shifted *= 1 - self._counted
-            shifted += self._fixed
-        else:
-            chosen = np.where(self._counted > 0, self._fixed, _gather(shifted, self._columns))
-            np.put_along_axis(shifted, self._columns[None], chosen, axis=-1)
-        return shifted
-
-
-def _observe(
-    density: LowRankNormal, mask: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64] | None, Array, FactorPosterior]:
-    """The columns that a mask (M, S) touches, (M, n), or None for all; the mask there; the factor's noise given them.
-
-    The mask there is in numbers, 1 and 0.
-    """
-    factor, variance = density._factor_rows, density._variance_rows
-    counts = np.array([np.count_nonzero(row) for row in mask])  # faster than along an axis
-    most = int(counts.max())
-    if most > GATHERED_SHARE * mask.shape[-1]:
-        on = mask.astype(factor.dtype)
-        all_fixed = int(counts.min()) == mask.shape[-1]
-        return None, on, density._posterior if all_fixed else FactorPosterior(factor, on, variance)
-    columns = _masked_columns(mask, counts)
-    gathered = np.take(factor, columns[0], axis=-1) if len(columns) == 1 else _gather_each(factor, columns)
-    local = variance if variance.shape[-1] == 1 else _gather(variance[None], columns)[0]
-    counted = (np.arange(most) < counts[:, None]).astype(factor.dtype)
-    return columns, counted, FactorPosterior(gathered, counted, local, precise=most <= PRECISE_COLUMNS)
-
-
-def _masked_columns(mask: NDArray[np.bool_], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Each row's masked columns, padded to the longest row with a column off the mask. shape: (M, n)
-
-    counts: how many each row has, (M,).
-    """
-    row, column = np.divmod(np.flatnonzero(mask), mask.shape[-1])  # much faster than nonzero along two axes
-    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    columns = np.repeat(mask.argmin(axis=-1)[:, None], counts.max(), axis=1)
-    columns[row, place] = column
-    return columns
-
-
-def _gather_each(factor: Array, columns: NDArray[np.int64]) -> Array:
-    """Other columns (M, n) of each row of the factor (B or 1, R, S). shape: (M, R, n)"""
-    gathered = np.empty((len(columns), factor.shape[1], columns.shape[1]), factor.dtype)
-    rows = np.broadcast_to(factor, (len(columns), *factor.shape[1:]))
-    for row, chosen, out in zip(rows, columns, gathered, strict=True):
-        np.take(row, chosen, axis=-1, out=out, mode="clip")  # in any other mode take writes into a copy of out first
-    return gathered
-
-
-def _gather(rows: Array, columns: NDArray[np.int64] | None) -> Array:
-    """Columns of rows (N, B, S). columns: (B or 1, n) or None for all; returns (N, B, n)."""
-    if columns is None:
-        return rows
-    if len(columns) == 1:
-        return rows[..., columns[0]]
-    full = np.broadcast_to(rows, (rows.shape[0], len(columns), rows.shape[-1]))
-    gathered: Array = np.take_along_axis(full, columns[None], axis=-1)
-    return gathered
+        seen, backend = self._observation, self._backend
+        pixels, fixed = seen.observed(seeds)
+        residual = (pixels - backend.take(images, seen.columns)) * seen.counted
+        noise = backend.xp.astype(self._posterior.mean(residual), images.dtype, copy=False)
+        shift = times(backend, noise, self._density._factor_rows)
+        return backend.overlay(images, shift, seen.keep, fixed, seen.columns)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from math import pi
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from covae_core.backends import Array, backend_of
 
 # Below this, sin Ω as a divisor would amplify the rounding of float32 ends.
 SMALL_ANGLE = 1e-6
 
 
-def slerp(start: NDArray[np.floating[Any]], end: NDArray[np.floating[Any]], steps: int) -> NDArray[np.floating[Any]]:
+def slerp(start: Any, end: Any, steps: int) -> Array:
     """Great-circle interpolation (SOS-VAE eq. 8): [sin((1−t)Ω) a + sin(tΩ) b] / sin Ω, Ω the angle between a and b.
 
     start, end: (…, K); returns (steps, …, K), t = linspace(0, 1, steps). Where the formula is 0/0:
@@ -19,29 +19,35 @@ def slerp(start: NDArray[np.floating[Any]], end: NDArray[np.floating[Any]], step
     circle through the coordinate axis on which they are smallest (the straight line if K = 1), their length changing
     linearly, so ends of equal length stay on their sphere.
     """
-    a, b = np.broadcast_arrays(np.asarray(start, np.float64), np.asarray(end, np.float64))
-    t = np.linspace(0.0, 1.0, steps).reshape(steps, *[1] * a.ndim)
-    length_a = np.linalg.norm(a, axis=-1, keepdims=True)
-    length_b = np.linalg.norm(b, axis=-1, keepdims=True)
-    unit_a = a / np.where(length_a > 0, length_a, 1)
-    unit_b = b / np.where(length_b > 0, length_b, 1)
-    apart = np.linalg.norm(unit_a - unit_b, axis=-1, keepdims=True)
-    together = np.linalg.norm(unit_a + unit_b, axis=-1, keepdims=True)
-    angle = 2 * np.arctan2(apart, together)
-    opposite = (together < SMALL_ANGLE) & (length_a > 0) & (length_b > 0) & (a.shape[-1] > 1)
-    straight = (length_a == 0) | (length_b == 0) | (apart < SMALL_ANGLE) | ((together < SMALL_ANGLE) & ~opposite)
-    sine = np.where(straight | opposite, 1, np.sin(angle))
-    path = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / sine
-    path = np.where(straight, (1 - t) * a + t * b, path)
-    if opposite.any():
-        half_circle = np.cos(np.pi * t) * unit_a + np.sin(np.pi * t) * _perpendicular(unit_a)
-        path = np.where(opposite, ((1 - t) * length_a + t * length_b) * half_circle, path)
-    path[0], path[-1] = (a, b) if steps > 1 else (a, a)
-    return path.astype(np.result_type(start, end))
+    backend = backend_of(start, end)
+    xp = backend.xp
+    first, last = backend.array(start), backend.array(end)
+    a, b = xp.broadcast_arrays(xp.astype(first, xp.float64), xp.astype(last, xp.float64))
+    t = xp.linspace(0.0, 1.0, steps, dtype=xp.float64).reshape(steps, *[1] * a.ndim)
+    length_a, length_b = _length(xp, a), _length(xp, b)
+    one = xp.ones_like(length_a)
+    unit_a = a / xp.where(length_a > 0, length_a, one)
+    unit_b = b / xp.where(length_b > 0, length_b, one)
+    apart, together = _length(xp, unit_a - unit_b), _length(xp, unit_a + unit_b)
+    no_zero = (length_a > 0) & (length_b > 0)
+    opposite = (together < SMALL_ANGLE) & no_zero if a.shape[-1] > 1 else ~no_zero & no_zero
+    straight = ~no_zero | (apart < SMALL_ANGLE) | ((together < SMALL_ANGLE) & ~opposite)
+    angle = xp.where(straight | opposite, one * (pi / 2), 2 * xp.atan2(apart, together))
+    path = (xp.sin((1 - t) * angle) * a + xp.sin(t * angle) * b) / xp.sin(angle)
+    path = xp.where(straight, (1 - t) * a + t * b, path)
+    if bool(opposite.any()):
+        half_circle = xp.cos(pi * t) * unit_a + xp.sin(pi * t) * _perpendicular(xp, unit_a)
+        path = xp.where(opposite, ((1 - t) * length_a + t * length_b) * half_circle, path)
+    ends = [a[None], path[1:-1], b[None]] if steps > 1 else [a[None]]
+    return xp.astype(xp.concat(ends), xp.result_type(first, last), copy=False)
 
 
-def _perpendicular(unit: NDArray[np.float64]) -> NDArray[np.float64]:
-    axis = np.zeros_like(unit)
-    np.put_along_axis(axis, np.abs(unit).argmin(axis=-1)[..., None], 1.0, axis=-1)
-    rest = axis - (axis * unit).sum(axis=-1, keepdims=True) * unit
-    return np.asarray(rest / np.linalg.norm(rest, axis=-1, keepdims=True))
+def _length(xp: Any, vectors: Array) -> Array:
+    return xp.linalg.vector_norm(vectors, axis=-1, keepdims=True)
+
+
+def _perpendicular(xp: Any, unit: Array) -> Array:
+    smallest = xp.argmin(xp.abs(unit), axis=-1, keepdims=True)
+    axis = xp.astype(xp.arange(unit.shape[-1]) == smallest, xp.float64)
+    rest = axis - xp.sum(axis * unit, axis=-1, keepdims=True) * unit
+    return rest / _length(xp, rest)

@@ -1,4 +1,4 @@
-"""SOS-VAE's residual encoder and decoder, for any image size from 8×8 to 256×256 and any widths.
+"""SOS-VAE's residual encoder and decoder, for any image size from 8×8 to 256×256 and any widths, and their options.
 
 Every layer treats the rows of a batch independently at inference: the encoder's last maps are 1×1 convolutions, not
 matrix products whose rounding may depend on the batch, so an exported model gives a row the same bytes in any batch.
@@ -6,11 +6,55 @@ matrix products whose rounding may depend on the batch, so an exported model giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any, Self
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+
+from covae_train.config import ImageShape, TrainedOptions
+from covae_train.posteriors import NormalPosterior
+
+# Defaults by the image's longer side: the first row whose limit it does not exceed. The last is SOS-VAE's.
+SIZE_DEFAULTS: tuple[tuple[int, Mapping[str, Any]], ...] = (
+    (16, {"widths": (16, 32), "latent_size": 16, "batch_size": 50, "target_kl": 12.0}),
+    (32, {"widths": (16, 32, 64), "latent_size": 32, "batch_size": 100, "target_kl": 8.0}),
+    (256, {"widths": (64, 128, 256, 512), "latent_size": 128, "batch_size": 25, "target_kl": 45.0}),
+)
+# Adam's learning rate in either phase, up to the second row and above.
+LEARNING_RATES = (1e-3, 1e-4)
+
+
+class ResidualOptions(TrainedOptions):
+    """Of a family with these networks, trained as SOS-VAE is: first the mean alone, then everything, constrained."""
+
+    mean_epochs: int = Field(
+        default_factory=lambda given: given.get("epochs", 0) // 2,
+        ge=0,
+        description="passes of the first phase, which trains the mean alone  [half]",
+    )
+    mean_learning_rate: PositiveFloat = Field(description="Adam's, while only the mean is trained")
+    widths: tuple[PositiveInt, ...] = Field(min_length=1, description="feature maps per level")
+    latent_size: PositiveInt = Field(description="length of the latent")
+    target_kl: PositiveFloat = Field(description="ξ_KL, nats per image")
+    multiplier_lr: PositiveFloat = Field(25.0, description="the multipliers' learning rate")
+    damping: float = Field(250.0, ge=0, description="of the constraints, per nat per image")
+
+    @model_validator(mode="after")
+    def _check_epochs(self) -> Self:
+        if self.mean_epochs >= self.epochs:
+            raise ValueError(f"mean_epochs: found {self.mean_epochs}; expected fewer than epochs = {self.epochs}")
+        return self
+
+
+def size_defaults(image_shape: ImageShape) -> dict[str, Any]:
+    """The defaults of ResidualOptions for an image shape (H, W, C)."""
+    side = max(image_shape[:2])
+    rate = LEARNING_RATES[side > SIZE_DEFAULTS[1][0]]
+    sized = next(values for limit, values in SIZE_DEFAULTS if side <= limit)
+    return {**sized, "learning_rate": rate, "mean_learning_rate": rate}
 
 
 class ResidualBlock(nn.Module):
@@ -89,9 +133,9 @@ def level_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
 
 
 class Encoder(nn.Module):
-    """Images to the posterior's mean and scale. SOS-VAE's: global max pooling, variance = softplus + 1e-5.
+    """Images to the latent's posterior. SOS-VAE's: global max pooling, variance = softplus + 1e-5.
 
-    shape: (B, C, H, W) in [0, 1] → two of (B, L)
+    shape: (B, C, H, W) in [0, 1] → NormalPosterior of (B, L)
     """
 
     MIN_VARIANCE = 1e-5
@@ -111,10 +155,10 @@ class Encoder(nn.Module):
         self.variance = nn.Conv2d(last, latent_size, 1)
         self.softplus = nn.Softplus()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> NormalPosterior:
         pooled = self.features(images).amax(dim=(2, 3), keepdim=True)
         variance = self.softplus(self.variance(pooled)) + self.MIN_VARIANCE
-        return self.mean(pooled).flatten(1), variance.sqrt().flatten(1)
+        return NormalPosterior(self.mean(pooled).flatten(1), variance.sqrt().flatten(1))
 
 
 class Decoder(nn.Module):

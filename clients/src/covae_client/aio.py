@@ -1,0 +1,286 @@
+"""The same client for asyncio: `AsyncClient` and `AsyncModel`, over tritonclient's asyncio transport."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covae_client.catalogue import Question, Steps, find_endpoint, find_model, not_served
+from covae_client.client import DEFAULT_ADDRESS, checked_settings
+from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
+from covae_client.model import beyond_reach, described
+from covae_client.plans import Call, Conditioned, Plans
+from covae_client.retry import ASKED_AGAIN, Retry, Timeout
+from covae_client.scoring import Scores
+from covae_client.transport import (
+    CONNECT_POLL_S,
+    MAX_IN_FLIGHT,
+    Endpoint,
+    Settings,
+    Tls,
+    channel_options,
+    checked_output,
+    credentials,
+    empty_results,
+    request_parts,
+    request_tensors,
+    translated,
+)
+from covae_core.contract import ModelSpec
+from covae_core.operations import OPERATIONS
+
+Result = TypeVar("Result")
+
+
+class AsyncClient:
+    """As `Client`, for asyncio; belongs to the event loop that it is first used in.
+
+        async with AsyncClient("localhost:8001") as client:
+            digits = await client.model("digits-sos-vae")
+            images = await digits.sample(16, seed=0)
+
+    Raises:
+        InvalidArgument: as Client.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout: Timeout | float | None = None,
+        retry: Retry | int | None = None,
+        tls: Tls | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._transport = AsyncTransport(checked_settings(address, timeout, retry, tls, headers))
+
+    def __repr__(self) -> str:
+        return f"<AsyncClient of {self._transport.settings.address}>"
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection; calls in flight fail, later ones too."""
+        await self._transport.close()
+
+    async def model(self, name: str) -> AsyncModel:
+        """As Client.model."""
+        found = await self._transport.run(find_model(name, self._transport.settings.address))
+        return AsyncModel(name, found.spec, found.endpoints, self._transport)
+
+
+class AsyncModel:
+    """A model on a server; `AsyncClient.model` makes it. Its methods are those of `Model`, to be awaited."""
+
+    def __init__(
+        self, name: str, spec: ModelSpec, endpoints: Mapping[str, Endpoint], transport: AsyncTransport
+    ) -> None:
+        self.name, self.spec = name, spec
+        self._plans = Plans(name, spec)
+        self._endpoints = dict(endpoints)
+        self._transport = transport
+
+    def __repr__(self) -> str:
+        return "Async".join(
+            ("<", described(self.name, self.spec, self.operations, self._transport.settings.address)[1:])
+        )
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The operations that the server was seen to serve of this model."""
+        return tuple(operation for operation in OPERATIONS if operation in self._endpoints)
+
+    def latents(self, n: int, *, seed: int = 0, start: int = 0) -> Any:
+        """As Model.latents; made here, so there is nothing to await."""
+        return self._plans.latents(n, seed, start)
+
+    async def sample(
+        self, n: int, *, seed: int = 0, noise_seed: int | None = None, start: int = 0
+    ) -> NDArray[np.uint8]:
+        """As Model.sample."""
+        return (await self.sample_with_latents(n, seed=seed, noise_seed=noise_seed, start=start))[0]
+
+    async def sample_with_latents(
+        self, n: int, *, seed: int = 0, noise_seed: int | None = None, start: int = 0
+    ) -> tuple[NDArray[np.uint8], Any]:
+        """As Model.sample_with_latents."""
+        return await self._do(self._plans.sample(n, seed, noise_seed, start))
+
+    async def decode(self, latent: Any) -> Any:
+        """As Model.decode."""
+        return await self._do(self._plans.decode(latent))
+
+    async def encode(self, images: Any) -> Any:
+        """As Model.encode."""
+        return await self._do(self._plans.encode(images))
+
+    async def draw(self, latent: Any, n: int, *, seed: int = 0, start: int = 0) -> NDArray[np.uint8]:
+        """As Model.draw."""
+        return await self._do(self._plans.draw(latent, n, seed, start))
+
+    async def condition(
+        self, latent: Any, mask: Any, pixels: Any, *, softness: Any = 0.0, seed: int = 0, start: int = 0
+    ) -> Conditioned:
+        """As Model.condition."""
+        import warnings
+
+        from covae_client.model import BeyondReach
+
+        result = await self._do(self._plans.condition(latent, mask, pixels, softness, seed, start))
+        if not result.within_reach:
+            warnings.warn(beyond_reach(self.name, result), BeyondReach, stacklevel=2)
+        return result
+
+    async def score(self, images: Any, *, num_samples: int = 100, seed: int = 0, indices: Any = None) -> Scores:
+        """As Model.score."""
+        return await self._do(self._plans.score(images, num_samples, seed, indices))
+
+    async def run(self, operation: str, **arrays: Any) -> dict[str, NDArray[Any]]:
+        """As Model.run."""
+        return await self._do(self._plans.anything(operation, arrays))
+
+    async def _do(self, call: Call[Result]) -> Result:
+        endpoint = self._endpoints.get(call.operation)
+        if endpoint is None:
+            endpoint = await self._transport.run(find_endpoint(self.name, call.operation, self.spec))
+            if endpoint is None:
+                raise not_served(self.name, call.operation, self._transport.settings.address, self._endpoints)
+            self._endpoints[call.operation] = endpoint
+        return call.finish(await self._transport.infer(endpoint, call))
+
+
+class AsyncTransport:
+    """A connection to one Triton server over gRPC in an event loop; made on the first call."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._triton: Any = None
+        self._connecting: asyncio.Lock | None = None
+        self._connected = self._closed = False
+
+    async def close(self) -> None:
+        """End the connection; calls in flight fail."""
+        self._closed = True
+        if self._triton is not None:
+            await self._triton.close()
+
+    async def run(self, steps: Steps[Result]) -> Result:
+        """Ask the questions of a catalogue's steps, and give what they come to."""
+        try:
+            question = next(steps)
+            while True:
+                try:
+                    answer = await self.call(question)
+                except ServerError as error:
+                    question = steps.throw(error)
+                else:
+                    question = steps.send(answer)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+    async def infer(self, endpoint: Endpoint, call: Call[Any]) -> dict[str, NDArray[Any]]:
+        """Run a call's rows through an endpoint, split into requests, a few of them in flight at a time."""
+        from tritonclient.grpc import InferRequestedOutput
+
+        results = empty_results(endpoint, call.rows)
+        free = asyncio.Semaphore(MAX_IN_FLIGHT)
+        wanted = [InferRequestedOutput(tensor.name) for tensor in endpoint.outputs]
+
+        async def send(part: slice) -> None:
+            async with free:
+                tensors = request_tensors(endpoint, call.inputs(part))
+                question = Question(endpoint.model_name, "infer", (endpoint.model_name, tensors))
+                answer = await self.call(question, outputs=wanted)
+                for tensor in endpoint.outputs:
+                    results[tensor.name][part] = checked_output(answer, tensor, part.stop - part.start, endpoint)
+
+        tasks = [asyncio.ensure_future(send(part)) for part in request_parts(endpoint, call.rows)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return results
+
+    async def call(self, question: Question, **options: Any) -> Any:
+        """Call a method of tritonclient's client with deadline and retries.
+
+        Raises:
+            ServerError: one of its kinds, by status. InvalidArgument: the client is closed.
+        """
+        await self._connect()
+        retry = Retry(attempts=1) if question.once else self.settings.retry
+        deadline, failures = time.monotonic() + self.settings.timeout.request_s, 0
+        while True:
+            try:
+                return await self._attempt(question, deadline - time.monotonic(), **options)
+            except ASKED_AGAIN:
+                failures += 1
+                wait_s = retry.wait_s(failures)
+                if failures == retry.attempts or self._closed or time.monotonic() + wait_s >= deadline:
+                    raise
+                await asyncio.sleep(wait_s)
+
+    async def _attempt(self, question: Question, seconds: float, **options: Any) -> Any:
+        from tritonclient.utils import InferenceServerException
+
+        if self._closed:
+            raise ConnectionFailed(f"{question.action}: the client was closed")
+        method = getattr(self._triton, question.method)
+        try:
+            return await method(
+                *question.arguments, headers=self.settings.headers, client_timeout=max(seconds, 0.001), **options
+            )
+        except InferenceServerException as error:
+            raise translated(self.settings.address, question.action, error) from error
+
+    async def _connect(self) -> None:
+        if self._closed:
+            raise InvalidArgument("client: it is closed; open another one")
+        if self._connected:
+            return
+        self._connecting = self._connecting or asyncio.Lock()
+        async with self._connecting:
+            if self._triton is None:
+                from tritonclient.grpc.aio import InferenceServerClient
+
+                tls = self.settings.tls
+                self._triton = InferenceServerClient(
+                    self.settings.address,
+                    creds=None if tls is None else credentials(tls),
+                    channel_args=channel_options(self.settings.address),
+                )
+            if not self._connected:
+                await self._wait_until_live()
+            self._connected = True
+
+    async def _wait_until_live(self) -> None:
+        connect_s = self.settings.timeout.connect_s
+        deadline = time.monotonic() + connect_s
+        while True:
+            reason = "it is not live"
+            try:
+                if await self._attempt(Question("connect", "is_server_live", ()), deadline - time.monotonic()):
+                    return
+            except (ConnectionFailed, DeadlineExceeded) as error:
+                cause: Any = error.__cause__
+                reason = cause.message() if cause else str(error)
+            if time.monotonic() + CONNECT_POLL_S >= deadline or self._closed:
+                raise ConnectionFailed(
+                    f"{self.settings.address}: no server answered within {connect_s} s: start one with `covae serve`, "
+                    f"or give another address ({reason})"
+                )
+            await asyncio.sleep(CONNECT_POLL_S)

@@ -1,0 +1,102 @@
+"""What a server says of its models: their specs, and where each operation is found."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from covae_client.errors import NotFound, ServerFault
+from covae_client.transport import Endpoint
+from covae_core.contract import ModelSpec, served_name
+from covae_core.operations import OPERATIONS
+
+Value = TypeVar("Value")
+# A question to the server: a method of tritonclient's client and its arguments; asked once if it must not be repeated.
+Steps = Generator["Question", Any, Value]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A call that whoever runs the steps makes, now or in an event loop, and sends the answer back."""
+
+    action: str
+    method: str
+    arguments: tuple[Any, ...]
+    once: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model as a server has it."""
+
+    spec: ModelSpec
+    endpoints: Mapping[str, Endpoint]
+
+
+def find_model(name: str, address: str) -> Steps[Found]:
+    """The model of that name, with the operations that the server serves of it.
+
+    Raises:
+        NotFound: the server serves none of its operations.
+        InvalidArgument: `covae export` did not write the model, or its contract version is another.
+        ServerFault: its operations come from different training runs.
+    """
+    configs = {}
+    for operation in OPERATIONS:
+        config = yield from find_config(name, operation)
+        if config is not None:
+            configs[operation] = config
+    if not configs:
+        raise NotFound(
+            f"{name}: {address} serves no operation of a model of this name; check the name, or serve it with "
+            f"`covae serve {name}`"
+        )
+    specs = {operation: ModelSpec.from_config(config) for operation, config in configs.items()}
+    spec = next(iter(specs.values()))
+    if any(other != spec for other in specs.values()):
+        runs = ", ".join(f"{operation} {other.run_digest}" for operation, other in specs.items())
+        raise ServerFault(f"{name}: its operations come from different training runs ({runs}); export it again")
+    return Found(spec, {operation: endpoint(name, operation, spec, config) for operation, config in configs.items()})
+
+
+def find_endpoint(name: str, operation: str, spec: ModelSpec) -> Steps[Endpoint | None]:
+    """One operation of a model that is known, which may have been loading or healing; None if it is not served.
+
+    Raises:
+        ServerFault: the server now has another training run of it.
+    """
+    config = yield from find_config(name, operation)
+    if config is None:
+        return None
+    if ModelSpec.from_config(config) != spec:
+        raise ServerFault(f"{name}: the server now has another training run of it; open the model again")
+    return endpoint(name, operation, spec, config)
+
+
+def find_config(name: str, operation: str) -> Steps[Any]:
+    """The config of one operation; None if it is not served: readiness says so without an error."""
+    served = served_name(name, operation)
+    ready = yield Question(served, "is_model_ready", (served,))
+    if not ready:
+        return None
+    try:
+        answer = yield Question(served, "get_model_config", (served,), once=True)
+    except NotFound:  # its process has just died
+        return None
+    return answer.config
+
+
+def endpoint(name: str, operation: str, spec: ModelSpec, config: Any) -> Endpoint:
+    """Where an operation is found, and its tensors."""
+    entry = OPERATIONS[operation]
+    batch = max(1, config.max_batch_size)
+    return Endpoint(served_name(name, operation), entry.inputs(spec), entry.outputs(spec), batch)
+
+
+def not_served(name: str, operation: str, address: str, served: Mapping[str, Endpoint]) -> NotFound:
+    """The error for an operation that the server does not serve."""
+    return NotFound(
+        f"{name}: {address} does not serve its operation {operation!r}, only {', '.join(served)}; serve it with "
+        f"`covae serve {name}`"
+    )

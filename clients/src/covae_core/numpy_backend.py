@@ -1,0 +1,186 @@
+"""The densities' primitives in NumPy and SciPy."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import repeat
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dpotrs
+
+from covae_core.noise import Stream, standard_normal
+
+Floats = NDArray[np.floating[Any]]
+
+# Columns of P that are multiplied at once: partial sums of that many products are added up in float64.
+BLOCK_COLUMNS = 1024
+# Masks that touch more than this share of the columns are multiplied in, not gathered: a gather is a slow copy.
+GATHERED_SHARE = 1 / 3
+
+
+class NumpyBackend:
+    """See `covae_core.backends.Backend`."""
+
+    xp = xp
+    looks = True
+    precise = False
+    rows_apart = False
+    overlays_columns = True
+
+    def recording(self) -> bool:
+        return False
+
+    def array(self, value: Any, like: Floats | None = None) -> NDArray[Any]:
+        return np.asarray(value, dtype=None if like is None else like.dtype)
+
+    def floats(self, *values: Any) -> list[Floats]:
+        arrays = [np.asarray(value) for value in values]
+        dtype = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
+        return [np.ascontiguousarray(array, dtype=dtype) for array in arrays]
+
+    def nonfinite(self, array: Floats) -> int:
+        finite = np.isfinite(array)
+        return 0 if finite.all() else int(finite.size - finite.sum())
+
+    def cut_repeats(self, array: Floats) -> Floats:
+        repeated = [slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[-3:]]
+        return array[(..., *repeated)]
+
+    def standard_normal(self, seeds: NDArray[np.int64], count: int, stream: Stream, dtype: Any) -> Floats:
+        return standard_normal(seeds, count, stream, dtype)
+
+    def identity(self, size: int, like: Floats) -> Floats:
+        return np.eye(size, dtype=like.dtype)
+
+    def gram(
+        self, factor: Floats, mask: Floats | None, variance: Floats | None, *, exact: bool = False
+    ) -> NDArray[np.float64]:
+        factor = factor.astype(np.float64) if exact else factor
+        shared = variance is not None and variance.shape[-1] == 1
+        weights = mask if shared or variance is None else (1 if mask is None else mask) / variance
+        products = _gram(factor, None if weights is None else weights.astype(factor.dtype, copy=False))
+        if not shared:
+            return products
+        assert variance is not None
+        return np.asarray(products / variance[:, :, None].astype(np.float64))
+
+    def factorise(self, matrices: NDArray[np.float64], limit: float) -> NumpyFactorisation | None:
+        if not np.isfinite(matrices).all():
+            return None
+        try:
+            cholesky = np.linalg.cholesky(matrices)
+        except np.linalg.LinAlgError:
+            return None
+        pivots = np.diagonal(cholesky, axis1=1, axis2=2) ** 2
+        sound = matrices.max(axis=(1, 2)) <= limit * pivots.min(axis=1)
+        return NumpyFactorisation(cholesky) if sound.all() else None
+
+    def observed(self, mask: NDArray[np.bool_], dtype: Any) -> tuple[NDArray[np.int64] | None, Floats, int]:
+        counts = np.array([np.count_nonzero(row) for row in mask])  # faster than along an axis
+        most = int(counts.max())
+        if most > GATHERED_SHARE * mask.shape[-1]:
+            return None, mask.astype(dtype), most
+        return _masked_columns(mask, counts), (np.arange(most) < counts[:, None]).astype(dtype), most
+
+    def take(self, rows: Floats, columns: NDArray[np.int64] | None) -> Floats:
+        if columns is None:
+            return rows
+        if len(columns) == 1:
+            return rows[..., columns[0]]
+        full = np.broadcast_to(rows, (rows.shape[0], len(columns), rows.shape[-1]))
+        gathered: Floats = np.take_along_axis(full, columns[None], axis=-1)
+        return gathered
+
+    def take_factor(self, factor: Floats, columns: NDArray[np.int64]) -> Floats:
+        if len(columns) == 1:
+            return np.asarray(np.take(factor, columns[0], axis=-1))
+        gathered = np.empty((len(columns), factor.shape[1], columns.shape[1]), factor.dtype)
+        rows = np.broadcast_to(factor, (len(columns), *factor.shape[1:]))
+        for row, chosen, out in zip(rows, columns, gathered, strict=True):
+            np.take(row, chosen, axis=-1, out=out, mode="clip")  # in other modes take writes into a copy of out first
+        return gathered
+
+    def overlay(
+        self, images: Floats, shift: Floats, keep: Floats, fixed: Floats, columns: NDArray[np.int64] | None
+    ) -> Floats:
+        # In place where the shift has the whole shape; products with 0 and 1 are exact, and faster than numpy.where.
+        if shift.shape == np.broadcast_shapes(shift.shape, images.shape):
+            shift += images
+        else:
+            shift = shift + images
+        if columns is None:
+            shift *= keep
+            shift += fixed
+        else:
+            chosen = keep * self.take(shift, columns) + fixed
+            np.put_along_axis(shift, columns[None], chosen, axis=-1)
+        return shift
+
+
+class NumpyFactorisation:
+    """Cholesky factors L (B or 1, R, R)."""
+
+    def __init__(self, cholesky: NDArray[np.float64]) -> None:
+        self._cholesky = cholesky
+
+    @cached_property
+    def logdet(self) -> NDArray[np.float64]:
+        return np.asarray(2 * np.log(np.diagonal(self._cholesky, axis1=1, axis2=2)).sum(axis=-1))
+
+    @cached_property
+    def whitener(self) -> NDArray[np.float64]:
+        identity = np.eye(self._cholesky.shape[-1])
+        return np.stack([solve_triangular(row, identity, lower=True) for row in self._cholesky])
+
+    def solve(self, vectors: Floats) -> NDArray[np.float64]:
+        if len(self._cholesky) == 1:
+            return _solve(self._cholesky[0], vectors)
+        full = np.broadcast_to(vectors, (len(vectors), len(self._cholesky), vectors.shape[-1]))
+        return np.stack([_solve(row, full[:, b]) for b, row in enumerate(self._cholesky)], axis=1)
+
+
+def _solve(cholesky: NDArray[np.float64], vectors: Floats) -> NDArray[np.float64]:
+    columns = vectors.reshape(-1, vectors.shape[-1]).T
+    solved, _ = dpotrs(cholesky, columns, lower=1)
+    return np.asarray(solved).T.reshape(vectors.shape)
+
+
+def _masked_columns(mask: NDArray[np.bool_], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each row's masked columns, filled up to the longest row with a column off the mask. shape: (M, n)"""
+    row, column = np.divmod(np.flatnonzero(mask), mask.shape[-1])  # much faster than nonzero along two axes
+    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns = np.repeat(mask.argmin(axis=-1)[:, None], counts.max(), axis=1)
+    columns[row, place] = column
+    return columns
+
+
+def _gram(factor: Floats, weights: Floats | None) -> NDArray[np.float64]:
+    rows = max(len(factor), 1 if weights is None else len(weights))
+    if rows == 1 or factor.shape[-1] <= BLOCK_COLUMNS:
+        return _gram_rows(factor, weights)
+    # One row after the other: the scaled row that the product reads is then still in the processor's cache.
+    factors = np.broadcast_to(factor, (rows, *factor.shape[1:]))
+    each = repeat(None) if weights is None else np.broadcast_to(weights, (rows, weights.shape[-1]))[:, None]
+    return np.concatenate([_gram_rows(one[None], weight) for one, weight in zip(factors, each, strict=False)])
+
+
+def _gram_rows(factor: Floats, weights: Floats | None) -> NDArray[np.float64]:
+    # Of A @ A.T NumPy makes a syrk, which OpenBLAS runs at half the speed of a gemm on a copy. Products of huge values
+    # overflow float32: `factorise` sees it, and they are done again in float64.
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = factor.copy() if weights is None else factor * weights[:, None]
+        blocks = factor.shape[-1] // BLOCK_COLUMNS
+        products = _blocks(scaled, blocks) @ _blocks(factor, blocks).swapaxes(-1, -2)
+        left_over = slice(blocks * BLOCK_COLUMNS, None)
+        rest = scaled[..., left_over] @ factor[..., left_over].swapaxes(-1, -2)
+        return np.asarray(products.sum(axis=-3, dtype=np.float64) + rest)
+
+
+def _blocks(array: Floats, count: int) -> Floats:
+    """The first columns in blocks. array: (B, R, S); returns (B, count, R, BLOCK_COLUMNS)."""
+    whole = array[..., : count * BLOCK_COLUMNS]
+    return whole.reshape(*array.shape[:-1], count, BLOCK_COLUMNS).swapaxes(-2, -3)

@@ -1,0 +1,98 @@
+"""Measures: one evaluation protocol each, by name. A new one is one file here that registers itself.
+
+`covae evaluate RUN --measure NAME` computes it on held-out images.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+
+from torch import Tensor
+
+from covae_core.errors import InvalidArgument
+from covae_train.data import ImageData
+from covae_train.run import TrainedRun
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, with its standard error over images where it is a mean over them. digits: decimals that are shown."""
+
+    value: float
+    standard_error: float | None = None
+    digits: int = 3
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:,.{self.digits}f}"
+        return f"{self.value:z,.{self.digits}f}{error}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measures may be told. images: held-out images to look at, at most; samples: importance weights of each;
+    seed: of whatever is random; on_image: called after each image."""
+
+    images: int = 1000
+    samples: int = 100
+    seed: int = 0
+    on_image: Callable[[], None] = field(default=lambda: None)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """An evaluation protocol. needs: says of a run what it lacks, or None; usual: computed if no measure is named."""
+
+    name: str
+    summary: str
+    compute: Callable[[TrainedRun, ImageData, Settings], Mapping[str, Estimate]]
+    needs: Callable[[TrainedRun], str | None] = lambda run: None
+    usual: bool = False
+
+
+_MEASURES: dict[str, Measure] = {}
+
+
+def register(measure: Measure) -> Measure:
+    """Make a measure known by its name."""
+    _MEASURES[measure.name] = measure
+    return measure
+
+
+@cache
+def _import_own() -> None:
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+        import_module(f"{__name__}.{module.name}")
+
+
+def measures() -> dict[str, Measure]:
+    """Every measure by name, sorted."""
+    _import_own()
+    return dict(sorted(_MEASURES.items()))
+
+
+def find_measure(name: str) -> Measure:
+    """The measure of that name.
+
+    Raises:
+        InvalidArgument: there is none.
+    """
+    known = measures()
+    if name not in known:
+        raise InvalidArgument(f"--measure: found {name!r}; expected one of {', '.join(known)}")
+    return known[name]
+
+
+def mean_of(values: Tensor, digits: int = 3) -> Estimate:
+    """The mean of values (N,) with its standard error."""
+    values = values.double()
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return Estimate(float(values.mean()), error, digits)
+
+
+def needs_encoder(run: TrainedRun) -> str | None:
+    """What a run lacks for a measure that reconstructs images."""
+    return None if run.model.encodes else "an encoder"

@@ -1,0 +1,60 @@
+"""Likelihood bounds of held-out images: importance-weighted, and the ELBO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import log
+
+import torch
+from torch import Tensor
+
+from covae_core.errors import InvalidArgument
+from covae_core.importance import importance_weights
+from covae_train.data import ImageData
+from covae_train.measures import Estimate, Measure, Settings, mean_of, register
+from covae_train.run import TrainedRun
+
+
+@torch.no_grad()
+def importance_bounds(
+    run: TrainedRun,
+    images: Tensor,
+    num_samples: int = 100,
+    seed: int = 0,
+    on_image: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """The importance-weighted bound log (1/K) Σ wₖ and the ELBO (1/K) Σ log wₖ of each image, in nats.
+
+    Both are log p(x) itself for a model without latents. images: (N, C, H, W) uint8; returns two of (N,) float64
+    """
+    random = torch.Generator().manual_seed(seed)
+    weights = []
+    for image in images:
+        shapes = run.model.latents.items()
+        noise = {name: torch.randn(1, num_samples, *shape, generator=random) for name, shape in shapes}
+        weights.append(importance_weights(run.model, image[None].float() / 255, noise).log_weight)
+        on_image()
+    logs = torch.cat(weights)
+    return logs.logsumexp(1) - log(logs.shape[1]), logs.mean(1)
+
+
+def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
+    """Of the first held-out images, in nats per image.
+
+    Raises:
+        InvalidArgument: fewer than two images: a standard error over images needs them.
+    """
+    images = data.held_out[: settings.images]
+    if len(images) < 2:
+        raise InvalidArgument(f"{run.run_id}: found {len(images)} held-out image(s); expected 2 or more")
+    bounds, elbos = importance_bounds(run, images, settings.samples, settings.seed, settings.on_image)
+    heading = f"log-likelihood bound, K = {settings.samples}" if run.model.latents else "log-likelihood"
+    return {heading: mean_of(bounds, 1)} | ({"ELBO": mean_of(elbos, 1)} if run.model.latents else {})
+
+
+def lacks(run: TrainedRun) -> str | None:
+    """A model with latents needs an encoder to be scored."""
+    return None if run.model.encodes or not run.model.latents else "an encoder"
+
+
+register(Measure("bound", "importance-weighted log-likelihood bound, nats per image", compute, lacks, usual=True))

@@ -1,0 +1,198 @@
+"""The densities' primitives in torch; importing this file lets `covae_core.densities` take tensors."""
+
+from __future__ import annotations
+
+from functools import reduce
+from math import ceil, pi
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from covae_core.backends import Factorisation, cached, register_backend
+from covae_core.noise import MODULI, Stream, jump_multipliers, stream_states
+from covae_core.numpy_backend import GATHERED_SHARE
+
+# Columns of P that are multiplied at once: partial sums of that many products are added up in float64.
+BLOCK_COLUMNS = 2048
+
+
+class TorchBackend:
+    """See `covae_core.backends.Backend`. Everything is differentiable in the densities' parameters."""
+
+    xp = xp
+    looks = True
+    precise = False
+    rows_apart = False
+    overlays_columns = False
+
+    def recording(self) -> bool:
+        return torch.is_grad_enabled()
+
+    def array(self, value: Any, like: Tensor | None = None) -> Tensor:
+        if like is None:
+            return torch.as_tensor(value)
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+    def floats(self, *values: Any) -> list[Tensor]:
+        tensors = [torch.as_tensor(value) for value in values]
+        exact = any(tensor.dtype == torch.float64 for tensor in tensors)
+        return [tensor.to(torch.float64 if exact else torch.float32) for tensor in tensors]
+
+    def nonfinite(self, array: Tensor) -> int:
+        # If no value is NaN or infinite their sum is not either, and a sum is one cheap pass.
+        if bool(array.detach().sum(dtype=torch.float64).isfinite()):
+            return 0
+        return int((~array.isfinite()).sum())
+
+    def cut_repeats(self, array: Tensor) -> Tensor:
+        repeated = [slice(0, 1) if stride == 0 else slice(None) for stride in array.stride()[-3:]]
+        return array[(..., *repeated)]
+
+    def standard_normal(self, seeds: Tensor, count: int, stream: Stream, dtype: torch.dtype) -> Tensor:
+        return standard_normal(seeds, count, stream, dtype)
+
+    def identity(self, size: int, like: Tensor) -> Tensor:
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+
+    def gram(self, factor: Tensor, mask: Tensor | None, variance: Tensor | None, *, exact: bool = False) -> Tensor:
+        factor = factor.double() if exact else factor
+        if variance is None or variance.shape[-1] == 1:
+            products = self._scaled_gram(factor, mask)
+            return products if variance is None else products / variance.double()[:, :, None]
+        # Scaling both sides by the root of a weight reads one array where weighting one side would read two.
+        roots = variance.rsqrt()
+        return self._scaled_gram(factor, roots if mask is None else mask * roots)
+
+    def _scaled_gram(self, factor: Tensor, scale: Tensor | None) -> Tensor:
+        """Pᵀ diag(scale²) P, added up in float64. scale: (W, S)"""
+        blocks = _columns(factor)
+        if scale is not None:
+            scale = scale.to(factor.dtype)
+            if len(blocks) > 1 and self._by_rows(factor, scale):
+                return _gram_by_rows(factor, scale)
+            blocks = [block * part[:, None] for block, part in zip(blocks, _columns(scale), strict=True)]
+        return reduce(torch.add, [(block @ block.mT).double() for block in blocks])
+
+    def _by_rows(self, factor: Tensor, scale: Tensor) -> bool:
+        return not (torch.is_grad_enabled() and (factor.requires_grad or scale.requires_grad))
+
+    def factorise(self, matrices: Tensor, limit: float) -> Factorisation | None:
+        cholesky, info = torch.linalg.cholesky_ex(matrices)
+        pivots = cholesky.detach().diagonal(dim1=1, dim2=2).square()
+        largest = matrices.detach().amax(dim=(1, 2))
+        sound = (info == 0) & largest.isfinite() & (largest <= limit * pivots.amin(dim=1))
+        return TorchFactorisation(self, cholesky) if bool(sound.all()) else None
+
+    def observed(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, int]:
+        on = mask.to(dtype)
+        most = int(on.sum(dim=-1).max())
+        if most > GATHERED_SHARE * mask.shape[-1]:
+            return None, on, most
+        columns = _masked_columns(mask, most)
+        return columns, on.gather(-1, columns), most
+
+    def take(self, rows: Tensor, columns: Tensor | None) -> Tensor:
+        if columns is None:
+            return rows
+        if len(columns) == 1:
+            return rows.index_select(-1, columns[0])
+        full = rows.expand(-1, len(columns), -1)
+        return full.gather(-1, columns.expand(full.shape[0], -1, -1))
+
+    def take_factor(self, factor: Tensor, columns: Tensor) -> Tensor:
+        if len(columns) == 1:  # index_select along the last of three axes is four times slower than along that of two
+            return factor.flatten(0, 1).index_select(-1, columns[0]).reshape(*factor.shape[:2], -1)
+        rows, rank = len(columns), factor.shape[1]
+        return factor.expand(rows, -1, -1).gather(-1, columns[:, None].expand(-1, rank, -1))
+
+    def overlay(self, images: Tensor, shift: Tensor, keep: Tensor, fixed: Tensor, columns: Tensor | None) -> Tensor:
+        # Products with 0 and 1 are exact, and much faster than torch.where on a scattered mask.
+        return torch.addcmul(fixed, images + shift, keep)
+
+
+class TorchFactorisation:
+    """Cholesky factors L (B or 1, R, R)."""
+
+    def __init__(self, backend: TorchBackend, cholesky: Tensor) -> None:
+        self._backend, self._cholesky = backend, cholesky
+
+    @cached
+    def logdet(self) -> Tensor:
+        logs: Tensor = self._cholesky.diagonal(dim1=1, dim2=2).log().sum(dim=-1)
+        return 2 * logs
+
+    @cached
+    def whitener(self) -> Tensor:
+        identity = torch.eye(self._cholesky.shape[-1], dtype=torch.float64, device=self._cholesky.device)
+        inverse: Tensor = torch.linalg.solve_triangular(self._cholesky, identity.expand_as(self._cholesky), upper=False)
+        return inverse
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        if self._cholesky.shape[0] == 1:
+            columns = vectors.reshape(-1, vectors.shape[-1]).mT
+            return torch.cholesky_solve(columns, self._cholesky[0]).mT.reshape(vectors.shape)
+        return torch.cholesky_solve(vectors.permute(1, 2, 0), self._cholesky).permute(2, 0, 1)
+
+
+def uniform(seeds: Tensor, count: int, stream: Stream, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers in (0, 1] (float32 rounds the largest to 1). seeds: (N,) int64; returns (N, count)."""
+    x, y = stream_states(seeds, stream)
+    first, second = torch.tensor(jump_multipliers(count), device=seeds.device)
+    period = MODULI[0] - 1
+    value: Tensor = (x[:, None] * first % MODULI[0] - y[:, None] * second % MODULI[1]) % period
+    return (value.to(dtype) + 0.5) * _constant(1 / period, seeds, dtype)
+
+
+def standard_normal(seeds: Tensor, count: int, stream: Stream, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normals, row n a pure function of seeds[n] and stream. seeds: (N,) int64; returns (N, count)."""
+    half = (count + 1) // 2
+    numbers = uniform(seeds, 2 * half, stream, dtype)
+    radius = torch.sqrt(-2 * torch.log(numbers[:, :half]))
+    angle = _constant(2 * pi, seeds, dtype) * numbers[:, half:]
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count]
+
+
+def _constant(value: float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor: the ONNX exporter writes a Python number as float32 even beside float64 tensors."""
+    return torch.tensor(value, dtype=dtype, device=like.device)
+
+
+def _columns(array: Tensor) -> list[Tensor]:
+    """The last axis in parts, by slices: Tensor.chunk exports to an operator that no CUDA kernel runs."""
+    count, width = _parts(array.shape[-1])
+    return [array[..., part * width : (part + 1) * width] for part in range(count)]
+
+
+def _parts(columns: int) -> tuple[int, int]:
+    """How many parts of at most BLOCK_COLUMNS, and how wide each."""
+    count = max(ceil(columns / BLOCK_COLUMNS), 1)
+    return count, max(ceil(columns / count), 1)
+
+
+def _gram_by_rows(factor: Tensor, scale: Tensor) -> Tensor:
+    """Without gradients: what is scaled for one row's product is then still in the processor's cache."""
+    rows, rank, columns = max(len(factor), len(scale)), factor.shape[1], factor.shape[2]
+    count, width = _parts(columns)
+    scaled = factor.new_zeros(rank, count * width)
+    blocks = scaled.view(rank, count, width).transpose(0, 1)
+    total = factor.new_empty(rows, rank, rank, dtype=torch.float64)
+    pairs = zip(factor.expand(rows, -1, -1), scale.expand(rows, -1), total, strict=True)
+    for row, part, out in pairs:
+        torch.mul(row, part, out=scaled[:, :columns])
+        torch.sum(blocks @ blocks.mT, dim=0, dtype=torch.float64, out=out)
+    return total
+
+
+def _masked_columns(mask: Tensor, most: int) -> Tensor:
+    """Each row's masked columns, filled up to the longest row with a column off the mask. shape: (M, n)"""
+    row, column = mask.nonzero(as_tuple=True)
+    counts = mask.sum(dim=-1)
+    place = torch.arange(len(row), device=mask.device) - (counts.cumsum(0) - counts)[row]
+    columns = mask.int().argmin(dim=-1, keepdim=True).repeat(1, most)
+    columns[row, place] = column
+    return columns
+
+
+register_backend("torch", TorchBackend())
