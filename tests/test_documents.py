@@ -11,12 +11,18 @@ import pytest
 import typer
 
 from covae_client.cli import app
+from covae_core.contract import ModelSpec
+from covae_core.operations import OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {str(file.relative_to(ROOT)): file for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 TEXTS = {name: file.read_text(encoding="utf-8") for name, file in DOCUMENTS.items()}
 # `code` in a sentence or a table; a line of a fenced or indented block.
 CODE = re.compile(r"`((?:covae|make) [^`]+)`|^(?:    )?((?:covae|make) [a-z]+.*)$", re.MULTILINE)
+
+
+# A name to be filled in, and the family that docs/families.md adds.
+PLACEHOLDERS = ("FAMILY", "plain")
 
 
 def commands(program: str) -> list[str]:
@@ -32,6 +38,8 @@ def test_a_command_has_the_options_that_a_document_gives_it(command):
     group: Any = typer.main.get_command(app)
     while hasattr(group, "list_commands"):
         name = words.pop(0)
+        if name in PLACEHOLDERS or name.startswith("-"):
+            return
         group = group.get_command(None, name)
         assert group is not None, f"{command}: there is no {name}"
         if not words:
@@ -59,3 +67,27 @@ def test_links_lead_somewhere(name):
 def test_there_is_something_to_check():
     assert len(commands("covae")) > 10
     assert len(commands("make")) > 3
+
+
+def test_the_table_of_operations_is_the_one_in_the_code():
+    spec = ModelSpec(
+        family="any",
+        image_shape=(4, 4, 1),
+        latents={"latent": (2,)},
+        posteriors={"latent": {"mean": (2,), "scale": (2,)}},
+        priors={"latent": "standard-normal"},
+        density="low-rank-normal",
+        density_parameters={"mean": (1, 4, 4), "factor": (3, 1, 4, 4), "variance": (1, 4, 4)},
+        operations=tuple(OPERATIONS),
+        score_samples=1,
+        draw_samples=1,
+        run_id="",
+        run_digest="",
+    )
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", TEXTS["docs/serving.md"], re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(OPERATIONS)
+    for name, inputs, outputs in rows:
+        operation = OPERATIONS[name]
+        for text, tensors in ((inputs, operation.inputs(spec)), (outputs, operation.outputs(spec))):
+            missing = [tensor.name for tensor in tensors if not re.search(rf"\b{tensor.name}\b", text)]
+            assert missing == [], name

@@ -17,7 +17,7 @@ def test_the_snippets_run(serve, triton, tmp_path, monkeypatch):
     Image.new("RGB", (50, 40)).save(tmp_path / "photos" / "a.png")
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 6
+    assert len(snippets) == 8
     names = {}
     for snippet in snippets:
         exec(snippet.replace("localhost:8001", address), names)
