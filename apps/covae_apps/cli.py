@@ -92,11 +92,13 @@ def report(
 
     from covae_apps.report import REPORTS, as_markdown, run_report
     from covae_core.errors import InvalidArgument
+    from covae_core.files import check_writable, write_text
     from covae_train.cli import parse_size
     from covae_train.data import load_images
 
     if name not in REPORTS:
         raise InvalidArgument(f"report: found {name!r}; expected one of {', '.join(REPORTS)}")
+    check_writable(output)
     table, console = REPORTS[name](), Console()
     loaded = load_images(data, parse_size(image_size), limit=limit)
     rows = run_report(
@@ -105,7 +107,8 @@ def report(
     console.rule(table.title)
     typer.echo(as_markdown(table, rows))
     if output:
-        output.write_text(json.dumps({"report": name, "data": data, "epochs": epochs, "rows": rows}, indent=2) + "\n")
+        document = {"report": name, "data": data, "epochs": epochs, "rows": rows}
+        write_text(output, json.dumps(document, indent=2) + "\n")
 
 
 def gallery(
@@ -116,9 +119,11 @@ def gallery(
     """Show training images, decoded means and samples of several runs in one picture."""
     use_threads(1)
     from covae_apps.gallery import write_gallery
+    from covae_core.files import check_writable
     from covae_train.data import load_images
     from covae_train.run import load_run
 
+    check_writable(output)
     loaded = [load_run(folder) for folder in runs]
     config = loaded[0].config
     height, width, channels = config.image_shape

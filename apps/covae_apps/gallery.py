@@ -28,11 +28,7 @@ SHEET_INCHES = (3.2, 1.25)
 def means_and_samples(run: TrainedRun, count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Decoded means at latents from the prior, and a sample of each density; (count, H, W, C) uint8 both."""
     random = torch.Generator().manual_seed(seed)
-    latents = {
-        name: run.model.prior(name).draw(torch.randn(count, *shape, generator=random))
-        for name, shape in run.model.latents.items()
-    }
-    density = run.model.density(latents, count)
+    density = run.model.density(run.model.draw_latents(count, random), count)
     samples = density.sample_rows(torch.from_numpy(row_seeds(seed, np.arange(count))))
     return _bytes(density.mean), _bytes(samples)
 

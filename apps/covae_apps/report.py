@@ -14,7 +14,7 @@ from rich.console import Console
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData
 from covae_train.measures import Settings, find_measure
-from covae_train.run import TrainedRun, has_run, load_run
+from covae_train.run import TrainedRun, load_run
 from covae_train.training import Trainer
 
 
@@ -124,8 +124,7 @@ def _trained(arm: Arm, data: ImageData, folder: Path, epochs: int, seed: int) ->
     options = dict(arm.options)
     if arm.family != "pca":
         options["epochs"] = epochs
-    given = {} if has_run(folder) else {**options, "seed": seed}
-    fit_with_progress(Trainer(config_for(folder, arm.family, data, given), data, folder))
+    fit_with_progress(Trainer(config_for(folder, arm.family, data, {**options, "seed": seed}), data, folder))
     return load_run(folder)
 
 

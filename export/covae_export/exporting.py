@@ -64,11 +64,11 @@ def export_run(
     """Export a run as the next version of the model `name` (by default the run's folder's name).
 
     The graphs of the operations that the model can do are written and checked in a hidden folder of the repository,
-    then moved into place: a failure
-    leaves the repository as it was, and a version that is there is never changed.
+    then moved into place: a failure leaves the repository as it was, and a version that is there is never changed.
 
     Raises:
-        InvalidArgument: `name` cannot name a Triton model.
+        InvalidArgument: `name` cannot name a Triton model, or the repository has operations of that name that this
+            run's model cannot do.
         ExportError: a graph cannot be exported or disagrees with torch.
     """
     name = name or run.run_id
@@ -77,6 +77,12 @@ def export_run(
     deployment = deployment or Deployment()
     spec = describe(run, score_samples or default_score_samples(run.config.image_shape), draw_samples)
     operations = [OPERATIONS[operation] for operation in spec.operations]
+    left = find_leftovers(repository, name, spec)
+    if left:
+        raise InvalidArgument(
+            f"name: found {name!r}, of which {repository} has {', '.join(left)}, which a model of {spec.family} cannot "
+            "do; choose another --name, or remove what is there of this one"
+        )
     staging = _staging_folder(repository)
     try:
         disagreements = []
@@ -92,6 +98,12 @@ def export_run(
     finally:
         shutil.rmtree(staging)
     return Exported(name, version, repository, disagreements)
+
+
+def find_leftovers(repository: Path, name: str, spec: ModelSpec) -> list[str]:
+    """Operations left from another model of that name: they would be served beside the new ones."""
+    others = [served for operation, served in served_names(name).items() if operation not in spec.operations]
+    return [served for served in others if (repository / served).exists()]
 
 
 def _staging_folder(repository: Path) -> Path:

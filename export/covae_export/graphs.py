@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covae_core.backends import using_backend
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS, Operation, abilities
 from covae_export.float64 import in_float64, runnable_in_float64
+from covae_export.traced_backend import TracedBackend
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 
@@ -48,6 +50,11 @@ def build_graph(operation: Operation, model: ImageModel, spec: ModelSpec) -> Gra
 @torch.no_grad()
 def describe(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpec:
     """The model's part of the wire contract, read off the model itself."""
+    with using_backend("torch", TracedBackend()):  # as the graph will see the densities' parameters
+        return _described(run, score_samples, draw_samples)
+
+
+def _described(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpec:
     model = run.model
     two, three = (_density_parameters(model, rows) for rows in (2, 3))
     # What differs between two rows and three has a batch axis; the rest is shared by all rows.

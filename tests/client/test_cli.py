@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import grpc
 import numpy as np
@@ -216,11 +217,26 @@ def test_the_timeout_bounds_the_wait_for_a_server_too(covae, free_port):
 
 
 def test_version_and_help(covae):
-    assert covae("--version").stdout == "covae 0.1.0\ncovae-client 0.1.0\n"
+    wanted = "".join(f"{package} {version(package)}\n" for package in ("covae", "covae-client"))
+    assert covae("--version").stdout == wanted
     result = covae("--help")
     assert result.returncode == 0
     for name in ("sample", "edit", "score"):
         assert f" {name} " in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "sos-vae"], ["evaluate", "run"], ["demo"]])
+def test_a_package_that_a_serving_machine_lacks_is_named(arguments, tmp_path):
+    code = "import sys; sys.modules |= dict.fromkeys(['torch', 'matplotlib'])\n"
+    code += "import covae_client.cli as cli; cli.main()"
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert re.fullmatch(
+        rf"error: {arguments[0]} needs (torch|matplotlib), which is not installed here: run `pip install "
+        r"\./clients '\.\[all\]'` in a checkout of Covae\n",
+        result.stderr,
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_command_of_the_covae_package_says_what_is_missing(tmp_path):

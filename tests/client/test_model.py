@@ -1,6 +1,7 @@
 """A model's methods: pure functions of their seeds, whatever the batch; arguments are checked before a request."""
 
 import asyncio
+import inspect
 from dataclasses import replace
 
 import grpc
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image
 from scipy.stats import chi2
 
-from covae_client import AsyncClient, BeyondReach, Retry, Timeout, errors, to_pil
+from covae_client import AsyncClient, BeyondReach, Client, Model, Retry, Timeout, errors, to_pil
+from covae_client.aio import AsyncModel
+from covae_client.model import least_softness
 from covae_core.noise import MAX_SEED, row_seeds
 
 IMAGE = np.zeros((6, 5, 3), np.uint8)
@@ -195,7 +198,8 @@ def test_an_edit_beyond_reach_is_warned_of_and_a_softness_brings_it_near(model, 
     assert found.tail == pytest.approx(chi2.sf(1000, 3))
     softness = model.softness_for(LATENT, mask, IMAGE)
     # The toy's distance falls as 1 / (1 + 100 softness); χ² of three degrees has its one-millionth at 30.66.
-    assert softness == pytest.approx((1000 / chi2.isf(1e-6, 3) - 1) / 100, abs=2e-3)
+    least = (1000 / chi2.isf(1e-6, 3) - 1) / 100
+    assert least <= softness < least + 0.011
     assert model.condition(LATENT, mask, IMAGE, softness=softness).within_reach
     triton.distance = np.float32(1)
     assert model.softness_for(LATENT, mask, IMAGE) == 0
@@ -258,6 +262,60 @@ def test_asyncio_gives_what_threads_give(model, address, images):
     np.testing.assert_array_equal(scored.elbo, model.score(images).elbo)
     np.testing.assert_array_equal(drawn, model.draw(LATENT, 5))
     np.testing.assert_array_equal(encoded, model.encode(images).mean)
+
+
+def test_asyncio_has_every_method_of_the_client_with_the_same_arguments():
+    for plain, awaited in ((Client, AsyncClient), (Model, AsyncModel)):
+        for name, method in inspect.getmembers(plain, inspect.isfunction):
+            if not name.startswith("_"):
+                assert inspect.signature(getattr(awaited, name)).parameters == inspect.signature(method).parameters
+
+
+def test_asyncio_finds_a_softness_reports_progress_and_checks_inputs(model, address, triton):
+    mask = MASK.copy()
+    mask[2, 3] = True
+    triton.distance, triton.list_allowed = np.float32(1000), True
+    seen = []
+
+    async def ask():
+        async with AsyncClient(address) as client:
+            toy = await client.model("toy")
+            await toy.sample(20, progress=lambda done, total: seen.append((done, total)))
+            with pytest.raises(errors.InvalidArgument, match=r"decode: found the inputs \[\], expected \['latent'\]"):
+                await toy.run("decode")
+            with pytest.raises(errors.NotFound, match="paint"):
+                await toy.run("paint")
+            return await toy.softness_for(LATENT, mask, IMAGE), await client.models()
+
+    softness, models = asyncio.run(ask())
+    assert softness == model.softness_for(LATENT, mask, IMAGE)
+    assert seen[-1] == (20, 20)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert models["toy"] == model.operations
+
+
+def test_calls_of_asyncio_share_one_wait_for_a_server(free_port):
+    async def ask():
+        async with AsyncClient(f"localhost:{free_port}", timeout=Timeout(connect_s=0.5)) as client:
+            found = await asyncio.gather(*(client.model("toy") for _ in range(6)), return_exceptions=True)
+            return found, client._transport._attempts
+
+    found, waits = asyncio.run(ask())
+    assert [type(error) for error in found] == [errors.ConnectionFailed] * 6
+    assert waits == 1
+
+
+def test_the_advised_softness_never_lies_below_the_least():
+    for least in np.random.default_rng(0).uniform(1e-3, 3.5, 200):
+        search = least_softness()
+        softness = next(search)
+        try:
+            while True:
+                softness = search.send(softness >= least)
+        except StopIteration as end:
+            found = end.value
+        assert least <= found <= least * 1.11
+        assert f"{found:.2g}" == f"{found:g}"
 
 
 def test_asyncio_retries_and_ends_as_threads_do(triton, address, free_port):

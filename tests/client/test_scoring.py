@@ -1,11 +1,13 @@
 """Scores from importance weights, against SciPy in float64 and by identities."""
 
+import json
 from math import log
 
 import numpy as np
 import pytest
 from scipy.special import logsumexp
 
+from covae_client.commands import FEW_WEIGHTS, FileScore, print_scores, write_json
 from covae_client.scoring import summarise
 
 SIZE = 6 * 5 * 3
@@ -61,3 +63,16 @@ def test_weights_of_zero_are_taken_as_such():
 def test_uniform_pixels_cost_log2_255_bits_each():
     # A density of 1 on [0, 1]^S spreads 255 steps of a byte evenly.
     np.testing.assert_allclose(summarise(np.zeros((1, 4)), SIZE).bits_per_dim, np.log2(255))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_exact_score_is_not_called_a_loose_bound(exact, tmp_path, capsys):
+    scores = summarise(np.array([[5.0]] if exact else [[5.0, 1.0]]), SIZE, exact=exact)
+    names = ("log_likelihood_bound", "standard_error", "elbo", "bits_per_dim", "effective_sample_size")
+    row = FileScore("a.png", **{name: float(getattr(scores, name)[0]) for name in names})
+    print_scores([row])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (FEW_WEIGHTS[:40] in said) == (not exact)
+    assert ("–" in said) == (not exact)
+    write_json(tmp_path / "scores.json", [row], name="toy", num_samples=100, seed=0)
+    assert json.loads((tmp_path / "scores.json").read_text())["num_samples"] == (1 if exact else 100)

@@ -22,6 +22,10 @@ class Home:
 
     module: Any = covae_core.densities
 
+    @property
+    def library(self) -> Any:
+        return torch if self.name == "torch" else np
+
     def give(self, value: Any) -> Any:
         return torch.from_numpy(np.array(value)) if self.name == "torch" and not np.isscalar(value) else value
 

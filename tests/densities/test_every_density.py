@@ -291,6 +291,42 @@ def test_a_pixel_that_not_even_float64_can_square_is_refused(home):
             home.call(density, "log_prob", x)
 
 
+@pytest.mark.parametrize("shape", [(), (3, 4, 5)], ids=["one variance", "one for each pixel"])
+def test_fixed_pixels_far_away_have_their_finite_distance_or_are_refused(shape, home, kind):
+    parameters, _ = CASES[kind](())
+    density = DENSITIES[kind](**{name: home.give(value.astype(np.float32)) for name, value in parameters.items()})
+    mask = np.zeros(IMAGE[1:], bool)
+    mask[1, 2:] = True
+    for pixels in (np.full(IMAGE, 1e20, np.float32), np.full(IMAGE, 3e38, np.float32)):
+        found = float(density.condition(home.give(mask), home.give(pixels)).distance())
+        exact = density.to(home.library.float64).condition(home.give(mask), home.give(pixels)).distance()
+        assert found == pytest.approx(float(exact), rel=1e-5)
+    exact = density.to(home.library.float64)
+    with pytest.raises(NotFinite, match=r"pixels: found a value of magnitude 1e\+300, whose squared distance"):
+        exact.condition(home.give(mask), home.give(np.full(IMAGE, 1e300))).distance()
+
+
+def test_a_variance_that_its_precision_cannot_hold_is_refused_by_name(home):
+    mean, factor, _ = edge_problem()
+    density = home.low_rank_normal(mean, (factor * 1e22).astype(np.float32), 1e-5)
+    for call in (density.marginal_variance, lambda: density.covariance_with((0, 0, 0))):
+        with pytest.raises(NotFinite, match=r"is beyond .*float32; density\.to\(float64\) holds more"):
+            call()
+    assert np.isfinite(np.asarray(density.to(home.library.float64).marginal_variance())).all()
+
+
+def test_draws_are_made_where_the_parameters_are(kind):
+    """torch's meta device stands for any that is not the CPU: what mixes the two fails on it."""
+    parameters, _ = CASES[kind]((3,))
+    tensors = {name: torch.from_numpy(value).to("meta") for name, value in parameters.items()}
+    density = DENSITIES[kind](**tensors, check=False)
+    assert density.sample(4, seed=0).device.type == "meta"
+    assert density.sample_rows(np.arange(3)).device.type == "meta"
+    assert density.sample_many(np.arange(3), 2).device.type == "meta"
+    if kind == "low-rank-normal":
+        assert density.scale_components(np.zeros(4), np.zeros(4)).device.type == "meta"
+
+
 def test_an_array_of_a_library_without_a_backend_is_refused():
     class Foreign:
         """As another library's array would look."""

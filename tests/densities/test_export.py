@@ -16,6 +16,7 @@ from .oracle import Woodbury, problem
 
 # torch's own exporter still uses what torch deprecates.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:# The axis name. batch will not be used:UserWarning"),
 ]

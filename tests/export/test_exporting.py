@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -16,7 +17,7 @@ from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
-from covae_export.exporting import Deployment, export_run
+from covae_export.exporting import Deployment, export_run, find_leftovers
 from covae_export.graphs import build_graph, describe
 from covae_export.triton_config import build_config, to_text
 from covae_export.verification import refuse_unacceptable, verify
@@ -213,6 +214,14 @@ def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, reposi
         assert json.loads(config.parameters["score_samples"].string_value) == 3
     assert {item.operation.name for item in second.disagreements} == set(OPERATIONS)
     assert all(item.acceptable for item in second.disagreements)
+
+
+def test_a_name_with_operations_that_the_model_cannot_do_is_refused(runs, tmp_path):
+    (tmp_path / served_name("shared", "decode")).mkdir()
+    run = runs["beta-vae"]
+    assert find_leftovers(tmp_path, "shared", describe(run, 4, 3)) == []
+    without_latents = replace(describe(run, 4, 3), operations=("sample", "draw", "score"))
+    assert find_leftovers(tmp_path, "shared", without_latents) == [served_name("shared", "decode")]
 
 
 class WrongWhenExported(torch.nn.Module):

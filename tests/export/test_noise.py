@@ -53,6 +53,7 @@ def consecutive(draw):
     return draw(range(ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", Stream)
 def test_a_million_numbers_have_the_moments_of_a_standard_normal(stream, consecutive):
     x = consecutive[stream].astype(np.float64).ravel()
@@ -61,11 +62,13 @@ def test_a_million_numbers_have_the_moments_of_a_standard_normal(stream, consecu
         assert abs((x**power).mean() - moment) < 4 * np.sqrt(variance / x.size), power
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", Stream)
 def test_a_million_numbers_pass_kolmogorov_and_smirnov(stream, consecutive):
     assert stats.kstest(consecutive[stream].astype(np.float64).ravel(), "norm").pvalue > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", Stream)
 def test_the_tails_hold_as_many_as_they_should(stream, consecutive):
     expected = 2 * stats.norm.sf(4) * COUNT * ROWS  # 63 beyond four standard deviations
@@ -80,6 +83,7 @@ def correlation(a, b):
     return float((a.astype(np.float64) * b.astype(np.float64)).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", Stream)
 @pytest.mark.parametrize("lag", [1, 2, 7, 500])
 def test_neighbouring_places_and_consecutive_seeds_are_uncorrelated(lag, stream, consecutive):
@@ -90,6 +94,7 @@ def test_neighbouring_places_and_consecutive_seeds_are_uncorrelated(lag, stream,
         assert abs(correlation(y[lag:], y[:-lag])) < 2 * UNCORRELATED, "seeds"
 
 
+@pytest.mark.slow
 def test_streams_of_one_seed_are_uncorrelated(consecutive):
     for first in Stream:
         for second in Stream:
@@ -98,6 +103,7 @@ def test_streams_of_one_seed_are_uncorrelated(consecutive):
                 assert abs(correlation(consecutive[first][1:], consecutive[second][:-1])) < UNCORRELATED
 
 
+@pytest.mark.slow
 def test_the_two_halves_of_box_and_muller_are_uncorrelated(consecutive):
     for x in consecutive.values():
         cosines, sines = x[:, : COUNT // 2], x[:, COUNT // 2 :]

@@ -51,7 +51,9 @@ class ToyModel(ImageModel):
     def density(self, latents, rows=None):
         pose = latents["pose"][:, :, None, None]
         mean = self.average + self.decoder(latents["latent"][:, :, None, None]) + 0.1 * pose[:, :1]
-        return DiagonalNormal(mean, self.softplus(pose[:, 1:]) + 0.01, check=False)
+        # Expanded: a variance that only repeats itself along an image's axes is on the wire what it is here.
+        variance = (self.softplus(pose[:, 1:]) + 0.01).expand(-1, 1, *self.average.shape[1:])
+        return DiagonalNormal(mean, variance, check=False)
 
 
 def begin_at_the_average(model, training):

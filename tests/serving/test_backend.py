@@ -15,6 +15,8 @@ from covae_serving.errors import ServingError
 from covae_serving.service import Service
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
+pytestmark = pytest.mark.slow
+
 LATENT = np.array([[0.5, -1, 2, 0]], np.float32)
 
 

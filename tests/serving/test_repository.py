@@ -56,7 +56,7 @@ def test_folders_of_other_triton_models_are_left_alone(repository):
     ("names", "operations", "message"),
     [
         (["mnist"], [], "no model named 'mnist'; it has toy"),
-        ([], ["paint"], "'paint' is not one; choose from decode, encode, sample, condition, score"),
+        ([], ["paint"], "'paint' is not one; choose from decode, encode, sample, draw, condition, score"),
         (["toy"], ["encode"], r"no model of \['toy'\] has any operation of \['encode'\]"),
     ],
 )

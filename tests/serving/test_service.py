@@ -27,6 +27,8 @@ from covae_serving.installation import find_installation
 from covae_serving.regions import SHARED_MEMORY
 from covae_serving.service import Service
 
+pytestmark = pytest.mark.slow
+
 LATENT = np.ones((1, 4), np.float32)
 
 

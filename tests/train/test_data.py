@@ -430,3 +430,10 @@ def test_the_real_mnist_has_60000_and_10000_grey_digits(monkeypatch):
     assert not data.flips
     # The mean that everybody's preprocessing has for MNIST: 0.1307.
     assert abs(float(data.train.float().mean()) / 255 - 0.1307) < 1e-3
+
+
+def test_a_column_is_refused_where_there_are_none(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    for data in ("digits", str(tmp_path)):
+        with pytest.raises(DataError, match=r"--column: found 'nope', but .* has no columns"):
+            load_images(data, column="nope")

@@ -11,6 +11,7 @@ import torch
 
 from covae_train.data import ImageData
 from covae_train.errors import CheckpointError
+from covae_train.families import make_config
 from covae_train.records import read_metrics
 from covae_train.run import load_checkpoint, load_config
 from covae_train.training import Trainer
@@ -128,6 +129,14 @@ def test_fewer_epochs_or_another_first_phase_do_not_continue_a_run(change, few_d
     with pytest.raises(CheckpointError, match=r"it holds a run with .*; choose another --run"):
         Trainer(tiny_config(**change), few_digits, tmp_path / "run")
     assert load_config(tmp_path / "run").options.epochs == 3
+
+
+def test_a_fit_in_closed_form_has_no_epochs_to_continue(few_digits, tmp_path):
+    config = make_config(family="low-rank-normal", data="digits", image_shape=(8, 8, 1), rank=3)
+    Trainer(config, few_digits, tmp_path / "run").fit()
+    longer = make_config(family="low-rank-normal", data="digits", image_shape=(8, 8, 1), rank=3, epochs=30)
+    with pytest.raises(CheckpointError, match=r"it holds a run with .*epochs"):
+        Trainer(longer, few_digits, tmp_path / "run")
 
 
 def test_threads_are_no_part_of_a_run(few_digits, tmp_path):

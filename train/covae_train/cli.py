@@ -81,7 +81,8 @@ def _common(
     ] = None,
     channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB  [the data's]")] = None,
     column: Annotated[
-        str | None, typer.Option(help="the column of images, where a data set has several  [image, img or the first]")
+        str | None,
+        typer.Option(help="the column of images, of a parquet file  [image, img or the only one]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="train on the first so many images  [all]")] = None,
     flips: Annotated[
@@ -89,7 +90,8 @@ def _common(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of weights, order and noise, 0 to 2³¹ − 1  [0]")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; the result is the same  [1 up to 32x32, then all]")
+        int | None,
+        typer.Option(min=1, help="CPU threads; more change rounding alone  [1 up to 32x32, then all]"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
     checkpoint_steps: Annotated[int, typer.Option(min=1, help="steps between two checkpoints")] = 500,
@@ -339,10 +341,12 @@ def evaluate(
     from rich.progress import Progress
 
     use_threads(threads)
+    from covae_core.files import check_writable, write_text
     from covae_train.data import load_images
     from covae_train.measures import Estimate, Settings, find_measure, measures
     from covae_train.run import load_run
 
+    check_writable(output)
     asked = [name.strip() for text in measure or [] for name in text.split(",") if name.strip()]
     wanted = [find_measure(name) for name in asked] or [item for item in measures().values() if item.usual]
     results: list[dict[str, Any]] = []
@@ -364,7 +368,7 @@ def evaluate(
         results.append({"run": run, "figures": figures, "images": min(images, len(data.held_out))})
     _print_figures(results, Console())
     if output:
-        output.write_text(json.dumps([_document(result, samples, seed) for result in results], indent=2) + "\n")
+        write_text(output, json.dumps([_document(result, samples, seed) for result in results], indent=2) + "\n")
 
 
 def _print_figures(results: list[dict[str, Any]], console: Console) -> None:

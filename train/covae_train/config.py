@@ -1,6 +1,6 @@
 """A run's configuration: frozen, complete, and kept as JSON in the run's folder.
 
-What does not change the result (threads, device, how often to write a checkpoint) is no part of it.
+What changes the result by rounding at most (threads, device, how often to write a checkpoint) is no part of it.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def load_images(
     if image_size is not None:
         _checked(image_size, "image_size")
     if data == "digits":
+        _refuse_column(data, column)
         images = _fit_digits(image_size, channels)
     else:
         source = SOURCES.get(data)
@@ -172,6 +173,11 @@ def _hold_out(data: str, images: Tensor) -> tuple[Tensor, Tensor]:
     return images[order[count:].sort().values], images[order[:count].sort().values]
 
 
+def _refuse_column(data: str, column: str | None) -> None:
+    if column is not None:
+        raise DataError(f"--column: found {column!r}, but {data} has no columns; it belongs to parquet files")
+
+
 def _splits(data: str, source: Source | None, column: str | None) -> dict[str, Split]:
     root = os.environ.get("COVAE_DATA")
     local = Path(root, source.folder) if root and source else None
@@ -184,6 +190,7 @@ def _splits(data: str, source: Source | None, column: str | None) -> dict[str, S
         return _hub(data, source, column)
     path = Path(data)
     if path.is_dir():
+        _refuse_column(data, column)
         return _folder(path)
     if path.is_file() and path.suffix == ".parquet":
         return {"train": _parquet(path, column)}

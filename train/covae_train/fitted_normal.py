@@ -33,7 +33,7 @@ class FittedNormal(ImageModel):
         shape = (channels, height, width)
         self.mean = nn.Parameter(torch.full(shape, 0.5))
         self.factor = nn.Parameter(FIRST_FACTOR_STD * torch.randn(rank, *shape))
-        self.log_variance = nn.Parameter(torch.tensor(FIRST_VARIANCE - floor).log())
+        self.log_variance = nn.Parameter(torch.tensor(max(FIRST_VARIANCE - floor, floor / 1000)).log())
         self.floor = floor
 
     @property

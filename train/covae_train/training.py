@@ -86,7 +86,8 @@ class Trainer:
         folder: the run's folder; if it holds a run of the same configuration, that is resumed; if the configuration
             differs in nothing but more epochs, it is extended
         device: torch's name of a device
-        threads: of the CPU. checkpoint_steps: how many lie between two checkpoints. Neither changes the result
+        threads: of the CPU. checkpoint_steps: how many lie between two checkpoints; threads change rounding
+            alone, the other nothing
 
     Raises:
         InvalidArgument: the family cannot make such a model.
@@ -292,8 +293,8 @@ class Trainer:
         lengths = [(phase.name, phase.epochs) for phase in before]
         now = [(phase.name, phase.epochs) for phase in self.phases]
         changed = [index for index, pair in enumerate(zip(lengths, now, strict=True)) if pair[0] != pair[1]]
-        last = max(index for index, phase in enumerate(before) if phase.epochs)
-        if changed != [last] or now[last][1] <= lengths[last][1]:
+        last = max((index for index, phase in enumerate(before) if phase.epochs), default=None)
+        if last is None or changed != [last] or now[last][1] <= lengths[last][1]:
             return False
         if started:
             self.extended_from = sum(phase.epochs for phase in before)

@@ -17,9 +17,9 @@ from rich.table import Table
 from covae_apps.demo.page import SummaryRow, write_page
 from covae_apps.demo.tour import SCORE_SAMPLES, Tour, take_tour
 from covae_client import Client, Model
-from covae_client.commands import check_writable
 from covae_core.contract import ModelSpec, served_name
 from covae_core.errors import CovaeError
+from covae_core.files import check_writable
 from covae_core.images import channels_last
 from covae_core.operations import OPERATIONS
 from covae_export.exporting import export_run

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.catalogue import Question, Steps, find_endpoint, find_model, not_served
+from covae_client.catalogue import Question, Steps, find_endpoint, find_model, list_models, not_served
 from covae_client.client import DEFAULT_ADDRESS, checked_settings
 from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
-from covae_client.model import beyond_reach, described
-from covae_client.plans import Call, Conditioned, Plans
+from covae_client.model import BeyondReach, beyond_reach, described, least_softness
+from covae_client.plans import REACH, Call, Conditioned, Plans
 from covae_client.retry import ASKED_AGAIN, Retry, Timeout
 from covae_client.scoring import Scores
 from covae_client.transport import (
     CONNECT_POLL_S,
     MAX_IN_FLIGHT,
     Endpoint,
+    Progress,
     Settings,
     Tls,
     channel_options,
@@ -34,6 +36,9 @@ from covae_client.transport import (
 )
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS
+
+if TYPE_CHECKING:
+    from covae_core.densities import Density
 
 Result = TypeVar("Result")
 
@@ -80,6 +85,10 @@ class AsyncClient:
         found = await self._transport.run(find_model(name, self._transport.settings.address))
         return AsyncModel(name, found.spec, found.endpoints, self._transport)
 
+    async def models(self) -> dict[str, tuple[str, ...]]:
+        """As Client.models."""
+        return await self._transport.run(list_models())
+
 
 class AsyncModel:
     """A model on a server; `AsyncClient.model` makes it. Its methods are those of `Model`, to be awaited."""
@@ -107,58 +116,96 @@ class AsyncModel:
         return self._plans.latents(n, seed, start)
 
     async def sample(
-        self, n: int, *, seed: int = 0, noise_seed: int | None = None, start: int = 0
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        noise_seed: int | None = None,
+        start: int = 0,
+        progress: Progress | None = None,
     ) -> NDArray[np.uint8]:
         """As Model.sample."""
-        return (await self.sample_with_latents(n, seed=seed, noise_seed=noise_seed, start=start))[0]
+        found = await self.sample_with_latents(n, seed=seed, noise_seed=noise_seed, start=start, progress=progress)
+        return found[0]
 
     async def sample_with_latents(
-        self, n: int, *, seed: int = 0, noise_seed: int | None = None, start: int = 0
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        noise_seed: int | None = None,
+        start: int = 0,
+        progress: Progress | None = None,
     ) -> tuple[NDArray[np.uint8], Any]:
         """As Model.sample_with_latents."""
-        return await self._do(self._plans.sample(n, seed, noise_seed, start))
+        return await self._do(self._plans.sample(n, seed, noise_seed, start), progress)
 
-    async def decode(self, latent: Any) -> Any:
+    async def decode(self, latent: Any, *, progress: Progress | None = None) -> Density:
         """As Model.decode."""
-        return await self._do(self._plans.decode(latent))
+        return await self._do(self._plans.decode(latent), progress)
 
-    async def encode(self, images: Any) -> Any:
+    async def encode(self, images: Any, *, progress: Progress | None = None) -> Any:
         """As Model.encode."""
-        return await self._do(self._plans.encode(images))
+        return await self._do(self._plans.encode(images), progress)
 
-    async def draw(self, latent: Any, n: int, *, seed: int = 0, start: int = 0) -> NDArray[np.uint8]:
+    async def draw(
+        self, latent: Any, n: int, *, seed: int = 0, start: int = 0, progress: Progress | None = None
+    ) -> NDArray[np.uint8]:
         """As Model.draw."""
-        return await self._do(self._plans.draw(latent, n, seed, start))
+        return await self._do(self._plans.draw(latent, n, seed, start), progress)
 
     async def condition(
-        self, latent: Any, mask: Any, pixels: Any, *, softness: Any = 0.0, seed: int = 0, start: int = 0
+        self,
+        latent: Any,
+        mask: Any,
+        pixels: Any,
+        *,
+        softness: Any = 0.0,
+        seed: int = 0,
+        start: int = 0,
+        progress: Progress | None = None,
     ) -> Conditioned:
         """As Model.condition."""
-        import warnings
-
-        from covae_client.model import BeyondReach
-
-        result = await self._do(self._plans.condition(latent, mask, pixels, softness, seed, start))
+        result = await self._do(self._plans.condition(latent, mask, pixels, softness, seed, start), progress)
         if not result.within_reach:
             warnings.warn(beyond_reach(self.name, result), BeyondReach, stacklevel=2)
         return result
 
-    async def score(self, images: Any, *, num_samples: int = 100, seed: int = 0, indices: Any = None) -> Scores:
+    async def softness_for(self, latent: Any, mask: Any, pixels: Any, *, tail: float = REACH) -> float:
+        """As Model.softness_for."""
+        search = least_softness()
+        try:
+            softness = next(search)
+            while True:
+                found = await self._do(self._plans.condition(latent, mask, pixels, softness, 0, 0), None)
+                softness = search.send(bool(np.all(found.tail >= tail)))
+        except StopIteration as end:
+            return float(end.value)
+
+    async def score(
+        self,
+        images: Any,
+        *,
+        num_samples: int = 100,
+        seed: int = 0,
+        indices: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        progress: Progress | None = None,
+    ) -> Scores:
         """As Model.score."""
-        return await self._do(self._plans.score(images, num_samples, seed, indices))
+        return await self._do(self._plans.score(images, num_samples, seed, indices), progress)
 
-    async def run(self, operation: str, **arrays: Any) -> dict[str, NDArray[Any]]:
+    async def run(self, operation: str, *, progress: Progress | None = None, **arrays: Any) -> dict[str, NDArray[Any]]:
         """As Model.run."""
-        return await self._do(self._plans.anything(operation, arrays))
+        return await self._do(self._plans.anything(operation, arrays), progress)
 
-    async def _do(self, call: Call[Result]) -> Result:
+    async def _do(self, call: Call[Result], progress: Progress | None) -> Result:
         endpoint = self._endpoints.get(call.operation)
-        if endpoint is None:
+        if endpoint is None and call.operation in OPERATIONS:
             endpoint = await self._transport.run(find_endpoint(self.name, call.operation, self.spec))
-            if endpoint is None:
-                raise not_served(self.name, call.operation, self._transport.settings.address, self._endpoints)
-            self._endpoints[call.operation] = endpoint
-        return call.finish(await self._transport.infer(endpoint, call))
+        if endpoint is None:
+            raise not_served(self.name, call.operation, self._transport.settings.address, self._endpoints)
+        self._endpoints[call.operation] = endpoint
+        return call.finish(await self._transport.infer(endpoint, call, progress))
 
 
 class AsyncTransport:
@@ -169,6 +216,8 @@ class AsyncTransport:
         self._triton: Any = None
         self._connecting: asyncio.Lock | None = None
         self._connected = self._closed = False
+        self._attempts = 0
+        self._failure: ServerError | None = None
 
     async def close(self) -> None:
         """End the connection; calls in flight fail."""
@@ -191,21 +240,30 @@ class AsyncTransport:
             result: Result = end.value
             return result
 
-    async def infer(self, endpoint: Endpoint, call: Call[Any]) -> dict[str, NDArray[Any]]:
-        """Run a call's rows through an endpoint, split into requests, a few of them in flight at a time."""
+    async def infer(self, endpoint: Endpoint, call: Call[Any], progress: Progress | None) -> dict[str, NDArray[Any]]:
+        """Run a call's rows through an endpoint, split into requests, a few of them in flight at a time.
+
+        progress: called after each request, in the order in which they end.
+        """
         from tritonclient.grpc import InferRequestedOutput
 
         results = empty_results(endpoint, call.rows)
         free = asyncio.Semaphore(MAX_IN_FLIGHT)
         wanted = [InferRequestedOutput(tensor.name) for tensor in endpoint.outputs]
 
+        done = 0
+
         async def send(part: slice) -> None:
+            nonlocal done
             async with free:
                 tensors = request_tensors(endpoint, call.inputs(part))
                 question = Question(endpoint.model_name, "infer", (endpoint.model_name, tensors))
                 answer = await self.call(question, outputs=wanted)
                 for tensor in endpoint.outputs:
                     results[tensor.name][part] = checked_output(answer, tensor, part.stop - part.start, endpoint)
+            done += part.stop - part.start
+            if progress is not None:
+                progress(done // call.per_unit, call.rows // call.per_unit)
 
         tasks = [asyncio.ensure_future(send(part)) for part in request_parts(endpoint, call.rows)]
         try:
@@ -253,7 +311,12 @@ class AsyncTransport:
         if self._connected:
             return
         self._connecting = self._connecting or asyncio.Lock()
+        attempts = self._attempts
         async with self._connecting:
+            if attempts != self._attempts and self._failure is not None:
+                # Another call waited connect_s while this one waited for it: that was this one's wait too.
+                raise type(self._failure)(str(self._failure))
+            self._failure = None
             if self._triton is None:
                 from tritonclient.grpc.aio import InferenceServerClient
 
@@ -264,7 +327,13 @@ class AsyncTransport:
                     channel_args=channel_options(self.settings.address),
                 )
             if not self._connected:
-                await self._wait_until_live()
+                try:
+                    await self._wait_until_live()
+                except ServerError as failure:
+                    self._failure = failure
+                    raise
+                finally:
+                    self._attempts += 1
             self._connected = True
 
     async def _wait_until_live(self) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from covae_client.errors import NotFound, ServerFault
+from covae_client.errors import ConnectionFailed, NotFound, ServerFault
 from covae_client.transport import Endpoint
 from covae_core.contract import ModelSpec, served_name
-from covae_core.operations import OPERATIONS
+from covae_core.operations import OPERATIONS, split_served_name
 
 Value = TypeVar("Value")
 # A question to the server: a method of tritonclient's client and its arguments; asked once if it must not be repeated.
@@ -32,6 +32,27 @@ class Found:
 
     spec: ModelSpec
     endpoints: Mapping[str, Endpoint]
+
+
+def list_models() -> Steps[dict[str, tuple[str, ...]]]:
+    """Names of the served models, sorted, each with its operations.
+
+    Raises:
+        ConnectionFailed: the server refuses, or does not answer.
+    """
+    try:
+        index = yield Question("models", "get_model_repository_index", (), once=True)
+    except ConnectionFailed as error:
+        raise ConnectionFailed(
+            f"{error}. If the server runs, it keeps its list of models to itself, as `covae serve` has it: open a "
+            "model by its name, or pass the server's key in Client(headers=…)"
+        ) from error
+    found: dict[str, list[str]] = {}
+    for entry in index.models:
+        parts = split_served_name(entry.name)
+        if parts and entry.state == "READY":
+            found.setdefault(parts[0], []).append(parts[1])
+    return {name: tuple(operation for operation in OPERATIONS if operation in found[name]) for name in sorted(found)}
 
 
 def find_model(name: str, address: str) -> Steps[Found]:

@@ -20,6 +20,7 @@ COMMAND_GROUP = "covae.commands"
 COVAE_COMMANDS = ("train", "evaluate", "report", "gallery", "export", "serve", "bench", "demo")
 # No package index has Covae; whoever took its name there would be a stranger.
 INSTALL_COVAE = "this environment has its client alone; run `pip install ./clients .` in a checkout of Covae"
+INSTALL_ALL = "run `pip install ./clients '.[all]'` in a checkout of Covae"
 INTERRUPTED = 130
 
 
@@ -54,6 +55,14 @@ class LazyGroup(TyperGroup):
             else:
                 _print_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if os.environ.get("COVAE_DEBUG") or missing.startswith("covae_") or not missing:
+                raise
+            _print_error(
+                f"{ctx.invoked_subcommand or 'covae'} needs {missing}, which is not installed here: {INSTALL_ALL}"
+            )
+            raise typer.Exit(1) from None
         except CovaeError as error:
             if os.environ.get("COVAE_DEBUG"):
                 raise
@@ -256,8 +265,9 @@ def score(
     Files that are refused are named and skipped; the exit code is then 1.
     """
     from covae_client import commands
+    from covae_core.files import check_writable
 
-    commands.check_writable(csv, json)
+    check_writable(csv, json)
     rows: list[commands.FileScore] = []
     try:
         with commands.open_model(name, server, timeout) as model:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
 
-from covae_client.catalogue import find_model
-from covae_client.errors import ConnectionFailed, InvalidArgument
+from covae_client.catalogue import find_model, list_models
+from covae_client.errors import InvalidArgument
 from covae_client.model import Model
 from covae_client.retry import Retry, Timeout
 from covae_client.transport import Settings, Tls, Transport
-from covae_core.operations import OPERATIONS, split_served_name
 
 DEFAULT_ADDRESS = "localhost:8001"
 # HOST:PORT, an IPv6 address in brackets; gRPC takes prefixes as dns:/// and ipv4:, and sockets as unix:PATH.
@@ -85,21 +84,7 @@ class Client:
         Raises:
             ConnectionFailed: the server refuses, or does not answer.
         """
-        try:
-            index = self._transport.call("models", "get_model_repository_index", retry=Retry(attempts=1))
-        except ConnectionFailed as error:
-            raise ConnectionFailed(
-                f"{error}. If the server runs, it keeps its list of models to itself, as `covae serve` has it: open a "
-                "model by its name, or pass the server's key in Client(headers=…)"
-            ) from error
-        found: dict[str, list[str]] = {}
-        for entry in index.models:
-            parts = split_served_name(entry.name)
-            if parts and entry.state == "READY":
-                found.setdefault(parts[0], []).append(parts[1])
-        return {
-            name: tuple(operation for operation in OPERATIONS if operation in found[name]) for name in sorted(found)
-        }
+        return self._transport.run(list_models())
 
 
 def checked_settings(

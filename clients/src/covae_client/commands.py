@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +24,7 @@ from covae_client.client import Client
 from covae_client.errors import ImageFileError, InvalidArgument
 from covae_client.model import BeyondReach, Conditioned, Model
 from covae_client.retry import Timeout
+from covae_core.files import check_writable, write_text, writing
 from covae_core.images import contact_sheet, encode_png, find_images, fit_image, load_edit, open_image
 
 # Images held in memory at a time.
@@ -44,8 +42,6 @@ SCREENFUL = 40
 MAX_GRID_IMAGES = 10_000
 MAX_EDIT_SAMPLES = 10_000
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
 class FileScore:
@@ -59,13 +55,17 @@ class FileScore:
     effective_sample_size: float | None = None
     error: str = ""
 
+    @property
+    def exact(self) -> bool:
+        """Whether the bound is the likelihood itself, as of a model without latents."""
+        return self.standard_error == 0
+
 
 @dataclass(frozen=True)
 class Edited:
-    """Where an edit's pictures are, its distance, and what to do if it is beyond the density's reach."""
+    """Where an edit's pictures are, and what to do if it is beyond the density's reach."""
 
     folder: Path
-    distance: float
     advice: str
 
 
@@ -130,7 +130,7 @@ def edit(
     save_image(out / "mean.png", result.image[0])
     for number, drawn in enumerate(result.sample):
         save_image(out / f"sample-{number}.png", drawn)
-    return Edited(out, float(result.distance[0]), _advice(model, latent, mask, pixels, result))
+    return Edited(out, _advice(model, latent, mask, pixels, result))
 
 
 def _latent_of(model: Model, seed: int, index: int, image: Path | None) -> Any:
@@ -153,7 +153,7 @@ def _advice(model: Model, latent: Any, mask: Any, pixels: Any, result: Condition
     softness = model.softness_for(latent, mask, pixels)
     return (
         "the fixed values are beyond what the density would make (Mahalanobis square "
-        f"{float(result.distance[0]):,.0f}), so the rest may be anything; --softness {softness:.2g} brings them near"
+        f"{float(result.distance[0]):,.0f}), so the rest may be anything; --softness {softness:g} brings them near"
     )
 
 
@@ -221,7 +221,8 @@ def print_scores(rows: Sequence[FileScore]) -> None:
             digits = (2, 2, 2, 4, 1)
             shown = dict(zip(SCORE_FIELDS, digits, strict=True))
             numbers = {name: f"{getattr(row, name):.{places}f}" for name, places in shown.items()}
-            if row.effective_sample_size is not None and row.effective_sample_size < MIN_EFFECTIVE_SAMPLES:
+            few = row.effective_sample_size is not None and row.effective_sample_size < MIN_EFFECTIVE_SAMPLES
+            if few and not row.exact:
                 numbers["standard_error"] = "–"
                 table.caption = FEW_WEIGHTS
             # Text, because a file's name may look like markup.
@@ -248,30 +249,6 @@ def _print_summary(rows: Sequence[FileScore]) -> None:
     console.print("--csv and --json write a line for each file", soft_wrap=True)
 
 
-def check_writable(*files: Path | None) -> None:
-    """See whether files can be written, before any work is done for them; makes and opens nothing.
-
-    Raises:
-        InvalidArgument: a file cannot be written.
-    """
-    for file in files:
-        if file is not None:
-            _writing(file, partial(_check_writable, file))
-
-
-def _check_writable(file: Path) -> None:
-    if file.is_dir():
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if file.exists():
-        place, wanted = file, os.W_OK
-    else:
-        place, wanted = next(folder for folder in file.absolute().parents if folder.exists()), os.W_OK | os.X_OK
-        if not place.is_dir():
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if not os.access(place, wanted):
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-
-
 def write_csv(file: Path, rows: Sequence[FileScore], **_: Any) -> None:
     """Write one line per file; numbers in full, empty where a file was refused."""
 
@@ -282,20 +259,16 @@ def write_csv(file: Path, rows: Sequence[FileScore], **_: Any) -> None:
             table.writeheader()
             table.writerows(asdict(row) for row in rows)
 
-    _writing(file, write)
+    writing(file, write)
 
 
 def write_json(file: Path, rows: Sequence[FileScore], *, name: str, num_samples: int, seed: int) -> None:
     """Write the scores with how they were made; numbers that are not finite are null."""
     images = [{key: _json_value(value) for key, value in asdict(row).items()} for row in rows]
+    if any(row.exact for row in rows):
+        num_samples = 1
     document = {"model": name, "num_samples": num_samples, "seed": seed, "images": images}
-    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
-
-    def write() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", encoding="utf-8")
-
-    _writing(file, write)
+    write_text(file, json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _json_value(value: Any) -> Any:
@@ -313,14 +286,7 @@ def save_image(file: Path, image: NDArray[np.uint8]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode_png(image))
 
-    _writing(file, write)
-
-
-def _writing(file: Path, write: Callable[[], Result]) -> Result:
-    try:
-        return write()
-    except OSError as error:
-        raise InvalidArgument(f"{file}: cannot be written: {error.strerror or error}") from error
+    writing(file, write)
 
 
 def counted(count: int, what: str) -> str:

@@ -2,7 +2,7 @@
 
 CovaeError                   everything Covae raises on purpose, on either side of the wire (covae_core)
 ├── InvalidArgument          an argument is wrong: its name, the value found, the value expected (also a ValueError)
-├── ImageFileError           an image file is refused: missing, renamed, truncated, too large
+├── ImageFileError           an image file is refused: missing, truncated, too large
 └── ServerError              the server did not do what was asked
     ├── ConnectionFailed     no server answers at the address, or it went away
     ├── AccessDenied         the server, or a proxy before it, wants other credentials

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from covae_client.catalogue import Steps, find_endpoint, not_served
-from covae_client.errors import InvalidArgument
 from covae_client.plans import REACH, Call, Conditioned, Plans, Posterior
 from covae_client.scoring import Scores
 from covae_client.transport import Endpoint, Inputs, Progress
@@ -175,7 +175,13 @@ class Model:
             found = self._do(self._plans.condition(latent, mask, pixels, softness, 0, 0), None)
             return bool(np.all(found.tail >= tail))
 
-        return least_softness(near)
+        search = least_softness()
+        try:
+            softness = next(search)
+            while True:
+                softness = search.send(near(softness))
+        except StopIteration as end:
+            return float(end.value)
 
     def score(
         self,
@@ -201,10 +207,6 @@ class Model:
         Raises:
             InvalidArgument: an input is missing, or there is one too many.
         """
-        endpoint = self._endpoint(operation)
-        wanted = [tensor.name for tensor in endpoint.inputs]
-        if set(arrays) != set(wanted):
-            raise InvalidArgument(f"{operation}: found the inputs {sorted(arrays)}, expected {wanted}")
         return self._do(self._plans.anything(operation, arrays), progress)
 
     def _do(self, call: Call[Result], progress: Progress | None) -> Result:
@@ -242,12 +244,16 @@ def beyond_reach(name: str, result: Conditioned) -> str:
     )
 
 
-def least_softness(near: Any) -> float:
-    """The least softness at which `near` holds, by halving its logarithm; 0 if it holds there."""
-    if near(0.0):
+def least_softness() -> Generator[float, bool, float]:
+    """The least softness, rounded up to two digits, that is near enough; 0 if that is. By halving its logarithm.
+
+    Yields softnesses, and is sent whether each is near enough.
+    """
+    if (yield 0.0):
         return 0.0
     low, high = 1e-4, MAX_SOFTNESS
     for _ in range(HALVINGS):
         middle = float(np.sqrt(low * high))
-        low, high = (low, middle) if near(middle) else (middle, high)
-    return float(np.ceil(high * 1e4) / 1e4)
+        low, high = (low, middle) if (yield middle) else (middle, high)
+    digits = 1 - floor(log10(high))
+    return float(f"{ceil(high * 10.0**digits) / 10.0**digits:.2g}")

@@ -16,6 +16,7 @@ from covae_client.errors import InvalidArgument, ServerFault
 from covae_client.scoring import Scores, summarise
 from covae_core.contract import LATENT_STREAMS, ModelSpec
 from covae_core.noise import row_seeds, standard_normal
+from covae_core.operations import OPERATIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -214,7 +215,11 @@ class Plans:
 
     def anything(self, operation: str, arrays: Arrays) -> Call[dict[str, NDArray[Any]]]:
         """An operation by its tensors, with a leading batch axis each."""
-        rows = arguments.same_rows(**{name: np.asarray(array) for name, array in arrays.items()})
+        if operation in OPERATIONS:
+            wanted = [tensor.name for tensor in OPERATIONS[operation].inputs(self.spec)]
+            if set(arrays) != set(wanted):
+                raise InvalidArgument(f"{operation}: found the inputs {sorted(arrays)}, expected {wanted}")
+        rows = arguments.same_rows(**{name: np.asarray(array) for name, array in arrays.items()}) if arrays else 1
         return Call(operation, _rows_of(_whole(arrays, rows)), rows, lambda result: result)
 
     def _one_or_all(self, by_latent: dict[str, Any]) -> Any:

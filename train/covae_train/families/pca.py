@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from covae_core.errors import InvalidArgument
 from covae_train.config import Options, RunConfig
 from covae_train.families import Family, register
 from covae_train.fitted_normal import FittedNormal
 from covae_train.phases import Phase, TrainingImages
+
+Rows: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
 
 
 class PcaOptions(Options):
@@ -33,18 +37,32 @@ def fit(model: FittedNormal, training: TrainingImages) -> None:
     from sklearn.decomposition import IncrementalPCA
 
     pca = IncrementalPCA(model.rank)
-    waiting: list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = []
-    for images in training.images():
-        waiting.append(images.double().flatten(1).cpu().numpy())
-        if sum(map(len, waiting)) >= 10 * model.rank:  # each part has to be larger than the rank
-            pca.partial_fit(np.concatenate(waiting))
-            waiting = []
-    if waiting and sum(map(len, waiting)) >= model.rank:
-        pca.partial_fit(np.concatenate(waiting))
+    for part in _parts(training, model.rank):
+        pca.partial_fit(part)
     factor = pca.components_ * np.sqrt(pca.explained_variance_)[:, None]
-    # Its own noise_variance_ has forgotten what earlier parts left over.
-    left = (pca.var_.sum() - pca.explained_variance_.sum()) / (pca.var_.size - model.rank)
+    # Its own noise_variance_ has forgotten what earlier parts left over, and var_ is not what n − 1 makes of it.
+    total = pca.var_.sum() * pca.n_samples_seen_ / max(1, pca.n_samples_seen_ - 1)
+    left = (total - pca.explained_variance_.sum()) / (pca.var_.size - model.rank)
     model.set(torch.from_numpy(pca.mean_), torch.from_numpy(factor), float(left))
+
+
+def _parts(training: TrainingImages, rank: int) -> Iterator[Rows]:
+    """All images as rows, in parts that IncrementalPCA takes: each of as many as there are components at least.
+
+    Raises:
+        InvalidArgument: there are fewer images than components.
+    """
+    waiting: list[Rows] = []
+    for images in training.images():
+        rows = images.double().flatten(1).cpu().numpy()
+        if len(rows) >= rank and sum(map(len, waiting)) >= 10 * rank:
+            yield np.concatenate(waiting)
+            waiting = []
+        waiting.append(rows)
+    last = np.concatenate(waiting)
+    if len(last) < rank:
+        raise InvalidArgument(f"rank: found {rank}; expected as many training images at least, found {len(last)}")
+    yield last
 
 
 register(

@@ -21,11 +21,7 @@ def lag1_autocorrelation(run: TrainedRun, num_latents: int = LATENTS, seed: int 
     0 for independent pixels; near 1 for smooth ones. The residual's mean is 0 under the model, so it is not centred.
     """
     random = torch.Generator().manual_seed(seed)
-    latents = {
-        name: run.model.prior(name).draw(torch.randn(num_latents, *shape, generator=random))
-        for name, shape in run.model.latents.items()
-    }
-    density = run.model.density(latents, num_latents)
+    density = run.model.density(run.model.draw_latents(num_latents, random), num_latents)
     return lag1(density.sample(1, seed=seed)[0] - density.mean)
 
 

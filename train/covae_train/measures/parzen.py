@@ -32,11 +32,7 @@ def samples_of(run: TrainedRun, count: int, seed: int, means: bool) -> Tensor:
     rows = []
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
-        latents = {
-            name: run.model.prior(name).draw(torch.randn(size, *shape, generator=random))
-            for name, shape in run.model.latents.items()
-        }
-        density = run.model.density(latents, size)
+        density = run.model.density(run.model.draw_latents(size, random), size)
         seeds = torch.arange(start, start + size) + (seed << 32)
         drawn = density.mean if means else density.sample_rows(seeds)
         rows.append(drawn.clamp(0, 1).double().flatten(1))

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
+from array_api_compat import device, to_device
 
 from covae_core.backends import Array, Backend
 from covae_core.densities.capabilities import CAPABILITIES
@@ -51,7 +52,7 @@ class Drawable(ABC):
         n, seed = require_count("n", n), require_seed(seed)
         rows = self._layout.rows
         seeds = row_seeds(seed, np.arange(n * rows)).reshape(n, rows)
-        return self._images(self._draw(self._backend.array(seeds, like=None)), (n,))
+        return self._images(self._draw(self._seeds(seeds, (n, rows))), (n,))
 
     def sample_rows(self, seeds: Any) -> Array:
         """One image per batch row from one wire seed each. seeds: int64 (B,); returns (*batch_shape, C, H, W).
@@ -74,10 +75,15 @@ class Drawable(ABC):
         return self._images(self._draw(first[None] + steps[:, None]), (count,))
 
     def _seeds(self, seeds: Any, shape: Shape) -> Array:
-        array = self._backend.array(seeds)
+        array = to_device(self._backend.array(seeds), self._device)
         if tuple(array.shape) != shape or not self._backend.xp.isdtype(array.dtype, "integral"):
             raise InvalidArgument(f"seeds: found {array.dtype} of shape {tuple(array.shape)}, expected int64 {shape}")
         return array
+
+    @property
+    @abstractmethod
+    def _device(self) -> Any:
+        """Where the parameters lie, and all that is made from them."""
 
     @property
     @abstractmethod
@@ -113,7 +119,7 @@ class Drawable(ABC):
     def _together(self, event_shape: Shape, **arguments: Any) -> list[Array]:
         """The arguments (…, *event_shape) broadcast with each other, in float64."""
         backend = self._backend
-        like = backend.xp.zeros(0, dtype=backend.xp.float64)
+        like = backend.xp.zeros(0, dtype=backend.xp.float64, device=self._device)
         arrays = {name: backend.array(value, like) for name, value in arguments.items()}
         for name, array in arrays.items():
             axes_before(name, array.shape, event_shape)
@@ -143,6 +149,10 @@ class Density(Drawable):
 
     kind: ClassVar[str]
     _mean: Array
+
+    @property
+    def _device(self) -> Any:
+        return device(self._mean)
 
     @property
     def mean(self) -> Array:

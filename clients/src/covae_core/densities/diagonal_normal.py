@@ -22,7 +22,7 @@ from covae_core.densities.base import (
     weighted_square,
 )
 from covae_core.densities.layout import Layout, common_batch, flat_pixel, image_shape_of, variance_lead
-from covae_core.densities.observation import Observation
+from covae_core.densities.observation import Observation, square_of_fixed
 from covae_core.noise import Stream
 
 
@@ -158,6 +158,10 @@ class ConditionalDiagonalNormal(Drawable):
         self._density, self._observation = density, observation
         self._layout, self._backend = density._layout, density._backend
 
+    @property
+    def _device(self) -> Any:
+        return self._density._device
+
     @cached
     def mean(self) -> Array:
         """The fixed values on the mask, μ off it; shape (*batch_shape, C, H, W)."""
@@ -166,9 +170,12 @@ class ConditionalDiagonalNormal(Drawable):
     def distance(self) -> Array:
         """Mahalanobis square of the fixed values under the density, in float64: χ² of as many degrees of freedom as
         values are fixed. shape: batch_shape"""
+        return self._spread(square_of_fixed(self)[0], ())
+
+    def _square(self) -> Array:
         seen, backend = self._observation, self._backend
         residual = (seen.pixels - backend.take(self._density._mean_rows[None], seen.columns)) * seen.counted
-        return self._spread(weighted_square(backend, residual, seen.variance)[0], ())
+        return weighted_square(backend, residual, seen.variance)
 
     def marginal_variance(self) -> Array:
         """Variance of every pixel, 0 on the mask (softness 0); shape (*batch_shape, C, H, W)."""
@@ -190,7 +197,8 @@ class ConditionalDiagonalNormal(Drawable):
     def _agree(self, images: Array, seeds: Array | None) -> Array:
         seen, xp = self._observation, self._backend.xp
         _, fixed = seen.observed(seeds)
-        shift = xp.zeros((images.shape[0], self._layout.rows, self._layout.pixels), dtype=images.dtype)
+        shape = (images.shape[0], self._layout.rows, self._layout.pixels)
+        shift = xp.zeros(shape, dtype=images.dtype, device=self._device)
         return self._backend.overlay(images, shift, seen.keep, fixed, seen.columns)
 
 

@@ -32,8 +32,9 @@ from covae_core.densities.layout import (
     require_count,
     variance_lead,
 )
-from covae_core.densities.observation import Observation
+from covae_core.densities.observation import Observation, square_of_fixed
 from covae_core.densities.slerp import slerp
+from covae_core.errors import NotFinite
 from covae_core.noise import Stream
 
 # Up to this many gathered columns the R×R products are float64 throughout: they cost nothing.
@@ -179,8 +180,9 @@ class LowRankNormal(Density):
 
     def marginal_variance(self) -> Array:
         """Variance of every pixel, diag(P Pᵀ) + D; shape (*batch_shape, C, H, W)."""
-        explained = self._backend.xp.sum(self._factor_rows * self._factor_rows, axis=1)
-        return self._spread(explained + self._variance_rows)
+        with np.errstate(over="ignore"):
+            explained = self._backend.xp.sum(self._factor_rows * self._factor_rows, axis=1)
+        return self._spread(self._held("marginal_variance", explained + self._variance_rows))
 
     def covariance_with(self, pixel: Sequence[int]) -> Array:
         """Covariance of every pixel with pixel (c, h, w), a row of P Pᵀ + D; shape (*batch_shape, C, H, W).
@@ -189,8 +191,18 @@ class LowRankNormal(Density):
             InvalidArgument: pixel is not within the image.
         """
         index = flat_pixel(pixel, self.image_shape)
-        covariance = times(self._backend, self._factor_rows[None, :, :, index], self._factor_rows)[0]
-        return self._spread(covariance + self._variance_rows * one_hot(self, index))
+        with np.errstate(over="ignore", invalid="ignore"):
+            covariance = times(self._backend, self._factor_rows[None, :, :, index], self._factor_rows)[0]
+        return self._spread(self._held("covariance_with", covariance + self._variance_rows * one_hot(self, index)))
+
+    def _held(self, name: str, values: Array) -> Array:
+        """The values, unless its precision cannot hold them."""
+        if overflows(self._backend, values):
+            raise NotFinite(
+                f"{name}: the factor's square, with entries up to {float(abs(self._factor).max()):g}, is beyond "
+                f"{values.dtype}; density.to(float64) holds more"
+            )
+        return values
 
     def from_noise(self, factor_noise: Any, pixel_noise: Any) -> Array:
         """The image μ + P w + √d ε (SOS-VAE eq. 4). factor_noise: w (…, R); pixel_noise: ε (…, C, H, W).
@@ -321,6 +333,10 @@ class ConditionalLowRankNormal(Drawable):
             self._backend, self._observed_factor(), seen.counted, seen.variance, precise=precise
         )
 
+    @property
+    def _device(self) -> Any:
+        return self._density._device
+
     def _observed_factor(self) -> Array:
         columns, factor = self._observation.columns, self._density._factor_rows
         return factor if columns is None else self._backend.take_factor(factor, columns)
@@ -333,12 +349,16 @@ class ConditionalLowRankNormal(Drawable):
     def distance(self) -> Array:
         """Mahalanobis square of the fixed values under the density, in float64: χ² of as many degrees of freedom as
         values are fixed. shape: batch_shape"""
+        return self._spread(square_of_fixed(self)[0], ())
+
+    def _square(self) -> Array:
         seen, backend, xp = self._observation, self._backend, self._backend.xp
         residual = (seen.pixels - backend.take(self._density._mean_rows[None], seen.columns)) * seen.counted
-        noise = self._posterior.mean(residual)
-        spanned = times(backend, xp.astype(noise, residual.dtype, copy=False), self._observed_factor())
-        rest = (residual - spanned) * seen.counted
-        return self._spread((weighted_square(backend, rest, seen.variance) + xp.sum(noise * noise, axis=-1))[0], ())
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever asked sees it, and does it again in float64
+            noise = self._posterior.mean(residual)
+            spanned = times(backend, xp.astype(noise, residual.dtype, copy=False), self._observed_factor())
+            rest = (residual - spanned) * seen.counted
+            return weighted_square(backend, rest, seen.variance) + xp.sum(noise * noise, axis=-1)
 
     def marginal_variance(self) -> Array:
         """Variance of every pixel, 0 on the mask (softness 0); shape (*batch_shape, C, H, W)."""

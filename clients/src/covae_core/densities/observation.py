@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from covae_core.backends import Array, Backend
-from covae_core.densities.base import Density, shared_rows
+from covae_core.densities.base import Density, overflows, shared_rows, too_far
 from covae_core.densities.layout import Layout, axes_before, common_batch, mask_lead
 from covae_core.errors import InvalidArgument
 from covae_core.noise import Stream
@@ -28,6 +28,7 @@ class Observation:
 
     def __init__(self, density: Density, variance: Array, mask: Any, pixels: Any, softness: Any) -> None:
         self._backend = backend = density._backend
+        self._given = (mask, pixels, softness)
         xp = backend.xp
         mask, pixels = backend.array(mask), backend.array(pixels, like=density.mean)
         if mask.dtype != xp.bool:
@@ -76,6 +77,10 @@ class Observation:
         pixels = self.pixels - backend.take(noise, self.columns) * self.counted
         return pixels, self.fixed - self.gain * backend.take(noise, self._place)
 
+    def in_float64(self, density: Any) -> Any:
+        """The same pixels fixed in a density, conditional and all in float64."""
+        return density.to(self._backend.xp.float64).condition(*self._given)
+
     def keep_everywhere(self) -> Array:
         """1 − g at every pixel. shape: (M, S)"""
         if self._place is None:
@@ -108,3 +113,17 @@ def read_softness(backend: Backend, softness: Any, like: Array) -> tuple[Array |
         found = softness if isinstance(softness, (int, float)) else f"shape {tuple(given.shape)}"
         raise InvalidArgument(f"softness: found {found}, expected one finite number of 0 or more, or one per row")
     return given.reshape(-1, 1), tuple(given.shape)
+
+
+def square_of_fixed(conditional: Any) -> Array:
+    """The Mahalanobis square of fixed pixels, done again in float64 if it overflows. shape: (1, B)
+
+    Raises:
+        NotFinite: not even float64 holds it.
+    """
+    quadratic = conditional._square()
+    if overflows(conditional._backend, quadratic):
+        quadratic = conditional._observation.in_float64(conditional._density)._square()
+        if overflows(conditional._backend, quadratic):
+            raise too_far("pixels", conditional._observation.pixels)
+    return quadratic
