@@ -35,10 +35,13 @@ def build(config: RunConfig) -> FittedNormal:
 def fit(model: FittedNormal, training: TrainingImages) -> None:
     """Components scaled by the deviations along them, as the paper samples; σ² is what PCA leaves per number."""
     from sklearn.decomposition import IncrementalPCA
+    from threadpoolctl import threadpool_limits
 
     pca = IncrementalPCA(model.rank)
-    for part in _parts(training, model.rank):
-        pca.partial_fit(part)
+    # As many threads as torch has: more would spin, and on busy cores a small decomposition takes six times as long.
+    with threadpool_limits(torch.get_num_threads()):
+        for part in _parts(training, model.rank):
+            pca.partial_fit(part)
     factor = pca.components_ * np.sqrt(pca.explained_variance_)[:, None]
     # Its own noise_variance_ has forgotten what earlier parts left over, and var_ is not what n − 1 makes of it.
     total = pca.var_.sum() * pca.n_samples_seen_ / max(1, pca.n_samples_seen_ - 1)
