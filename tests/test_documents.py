@@ -56,11 +56,21 @@ def test_a_target_of_make_is_in_the_makefile(command):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def anchors(text):
+    """What a page's headings are linked by."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[name])
-
-    absent = [path for path in targets if "://" not in path and not (DOCUMENTS[name].parent / path).exists()]
+    absent = []
+    for path, _, anchor in (target.partition("#") for target in re.findall(r"\]\(([^)]+)\)", TEXTS[name])):
+        if "://" in path:
+            continue
+        file = DOCUMENTS[name].parent / path if path else DOCUMENTS[name]
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+            absent.append(f"{path}#{anchor}")
     assert absent == []
 
 

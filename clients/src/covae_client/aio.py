@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.catalogue import Question, Steps, find_endpoint, find_model, list_models, not_served
+from covae_client.catalogue import find_endpoint, find_model, list_models, not_served
 from covae_client.client import DEFAULT_ADDRESS, checked_settings
 from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
 from covae_client.model import BeyondReach, beyond_reach, described, least_softness
@@ -24,7 +24,9 @@ from covae_client.transport import (
     MAX_IN_FLIGHT,
     Endpoint,
     Progress,
+    Question,
     Settings,
+    Steps,
     Tls,
     channel_options,
     checked_output,

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from covae_client.errors import ConnectionFailed, NotFound, ServerFault
-from covae_client.transport import Endpoint
+from covae_client.transport import Endpoint, Question, Steps
 from covae_core.contract import ModelSpec, served_name
 from covae_core.operations import OPERATIONS, split_served_name
-
-Value = TypeVar("Value")
-# A question to the server: a method of tritonclient's client and its arguments; asked once if it must not be repeated.
-Steps = Generator["Question", Any, Value]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A call that whoever runs the steps makes, now or in an event loop, and sends the answer back."""
-
-    action: str
-    method: str
-    arguments: tuple[Any, ...]
-    once: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.catalogue import Steps, find_endpoint, not_served
+from covae_client.catalogue import find_endpoint, not_served
 from covae_client.plans import REACH, Call, Conditioned, Plans, Posterior
 from covae_client.scoring import Scores
-from covae_client.transport import Endpoint, Inputs, Progress
+from covae_client.transport import Endpoint, Inputs, Progress, Steps
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS
 

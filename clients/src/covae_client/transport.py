@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,6 @@ from covae_client.errors import (
 )
 from covae_client.retry import Retry, Timeout, with_retries
 from covae_core.contract import NUMPY_DTYPES, TensorSpec
-
-if TYPE_CHECKING:
-    from covae_client.catalogue import Steps
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -107,6 +104,23 @@ class Settings:
     retry: Retry
     tls: Tls | None
     headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A call that whoever runs some steps makes, now or in an event loop, and sends the answer back.
+
+    method, arguments: of tritonclient's client; action opens an error's message; once: it must not be repeated.
+    """
+
+    action: str
+    method: str
+    arguments: tuple[Any, ...]
+    once: bool = False
+
+
+# Questions to the server one after the other, and what their answers come to.
+Steps = Generator[Question, Any, Result]
 
 
 class Transport:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import prod
+from math import log, pi, prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from array_api_compat import device, to_device
 
-from covae_core.backends import Array, Backend
+from covae_core.backends import Array, Backend, cached
 from covae_core.densities.capabilities import CAPABILITIES
 from covae_core.densities.layout import Layout, Shape, axes_before, require_count, require_seed, variance_lead
 from covae_core.errors import InvalidArgument, NotFinite, Unsupported
@@ -149,6 +149,8 @@ class Density(Drawable):
 
     kind: ClassVar[str]
     _mean: Array
+    _variance_rows: Array
+    _logdet: Any
 
     @property
     def _device(self) -> Any:
@@ -164,13 +166,43 @@ class Density(Drawable):
     def parameters(self) -> dict[str, Array]:
         """What describes the density, by the names of its constructor and of the wire; the mean comes first."""
 
-    @abstractmethod
     def log_prob(self, x: Any) -> Array:
-        """Log-density of images in nats, in float64. x: (…, C, H, W); returns (…)."""
+        """Log-density −(Mahalanobis² + log|Σ| + S log 2π)/2 of images in nats (SOS-VAE eq. 3), in float64.
+
+        x: (…, C, H, W), broadcast with the batch; returns (…).
+
+        Raises:
+            InvalidArgument: the shape does not fit, a value is not finite, or it is beyond what float64 can square.
+        """
+        return -0.5 * (self.distance(x) + self._spread(self._logdet, ()) + self._layout.pixels * log(2 * pi))
+
+    def distance(self, x: Any) -> Array:
+        """Mahalanobis square (x − μ)ᵀ Σ⁻¹ (x − μ), in float64: χ² of S degrees of freedom under the density.
+
+        Where the variance is below SHARP_VARIANCE, or a square overflows, everything is done in float64.
+
+        x: (…, C, H, W), broadcast with the batch; returns (…).
+
+        Raises:
+            InvalidArgument: as log_prob.
+        """
+        images, sample_shape = self._rows("x", self._backend.array(x, like=self._mean), self.image_shape)
+        self._check_finite("x", images)
+        quadratic = None if is_sharp(self._backend, self._variance_rows) else self._square(images)
+        if quadratic is None or overflows(self._backend, quadratic):
+            quadratic = self._exact._square(self._backend.xp.astype(images, self._backend.xp.float64))
+            if overflows(self._backend, quadratic):
+                self._check_finite("mean", self._mean)
+                raise too_far("x", images)
+        return quadratic.reshape(sample_shape + self._layout.batch_shape)
 
     @abstractmethod
-    def distance(self, x: Any) -> Array:
-        """Mahalanobis square (x − μ)ᵀ Σ⁻¹ (x − μ), in float64: χ² of S degrees of freedom under the density."""
+    def _square(self, images: Array) -> Array:
+        """The Mahalanobis square of rows, in the density's own precision. images: (N, B, S); returns (N, B), float64"""
+
+    @cached
+    def _exact(self: OneDensity) -> OneDensity:
+        return self.to(self._backend.xp.float64)
 
     def to(self: OneDensity, dtype: Any) -> OneDensity:
         """The same density with parameters of another precision, a dtype of the array library (torch.float64, …)."""

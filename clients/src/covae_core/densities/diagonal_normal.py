@@ -12,12 +12,9 @@ from covae_core.backends import Array, backend_of, cached
 from covae_core.densities.base import (
     Density,
     Drawable,
-    is_sharp,
     logdet_of_diagonal,
-    overflows,
     read_variance,
     shared_rows,
-    too_far,
     variance_rows,
     weighted_square,
 )
@@ -62,37 +59,8 @@ class DiagonalNormal(Density):
         """{"mean": μ, "variance": D's diagonal}; DiagonalNormal(**parameters) is the same density."""
         return {"mean": self._mean, "variance": self._variance}
 
-    def log_prob(self, x: Any) -> Array:
-        """Log-density of images in nats, in float64. x: (…, C, H, W), broadcast with the batch; returns (…).
-
-        Raises:
-            InvalidArgument: the shape does not fit, a value is not finite, or it is beyond what float64 can square.
-        """
-        return -0.5 * (self.distance(x) + self._spread(self._logdet, ()) + self._layout.pixels * log(2 * pi))
-
-    def distance(self, x: Any) -> Array:
-        """Mahalanobis square Σ (x − μ)²/d, in float64. x: (…, C, H, W); returns (…).
-
-        Raises:
-            InvalidArgument: as log_prob.
-        """
-        images, sample_shape = self._rows("x", self._backend.array(x, like=self._mean), self.image_shape)
-        self._check_finite("x", images)
-        quadratic = None
-        if not is_sharp(self._backend, self._variance_rows):
-            quadratic = weighted_square(self._backend, images - self._mean_rows, self._variance_rows)
-        if quadratic is None or overflows(self._backend, quadratic):
-            quadratic = self._square_in_float64(images)
-        return quadratic.reshape(sample_shape + self._layout.batch_shape)
-
-    def _square_in_float64(self, images: Array) -> Array:
-        xp = self._backend.xp
-        exact = [xp.astype(array, xp.float64) for array in (images, self._mean_rows, self._variance_rows)]
-        quadratic = weighted_square(self._backend, exact[0] - exact[1], exact[2])
-        if overflows(self._backend, quadratic):
-            self._check_finite("mean", self._mean)
-            raise too_far("x", images)
-        return quadratic
+    def _square(self, images: Array) -> Array:
+        return weighted_square(self._backend, images - self._mean_rows, self._variance_rows)
 
     def entropy(self) -> Array:
         """Differential entropy (S log 2πe + log|D|)/2 in nats; shape batch_shape."""

@@ -12,12 +12,10 @@ from covae_core.backends import Array, backend_of, cached
 from covae_core.densities.base import (
     Density,
     Drawable,
-    is_sharp,
     logdet_of_diagonal,
     overflows,
     read_variance,
     shared_rows,
-    too_far,
     variance_rows,
     weighted_square,
 )
@@ -99,38 +97,11 @@ class LowRankNormal(Density):
         """{"mean": μ, "factor": P, "variance": D's diagonal}; LowRankNormal(**parameters) is the same density."""
         return {"mean": self._mean, "factor": self._factor, "variance": self._variance}
 
-    def log_prob(self, x: Any) -> Array:
-        """Log-density of images in nats (SOS-VAE eq. 3), in float64.
-
-        The quadratic form is ‖(r − P c)/√D‖² + ‖c‖² with r = x − μ and c = K⁻¹PᵀD⁻¹r. The difference r'D⁻¹r − c'Kc of
-        two large numbers that textbooks give loses several nats in float32. Where D is below SHARP_VARIANCE, or a
-        square overflows, everything is done in float64.
-
-        x: (…, C, H, W), broadcast with the batch; returns (…).
-
-        Raises:
-            InvalidArgument: the shape does not fit, a value is not finite, or it is beyond what float64 can square.
-        """
-        return -0.5 * (self.distance(x) + self._spread(self._logdet, ()) + self._layout.pixels * log(2 * pi))
-
-    def distance(self, x: Any) -> Array:
-        """Mahalanobis square (x − μ)ᵀ(P Pᵀ + D)⁻¹(x − μ), in float64. x: (…, C, H, W); returns (…).
-
-        Raises:
-            InvalidArgument: as log_prob.
-        """
-        images, sample_shape = self._rows("x", self._backend.array(x, like=self._mean), self.image_shape)
-        self._check_finite("x", images)
-        quadratic = None if is_sharp(self._backend, self._variance_rows) else self._square(images)
-        if quadratic is None or overflows(self._backend, quadratic):
-            xp = self._backend.xp
-            quadratic = self._exact._square(xp.astype(images, xp.float64))
-            if overflows(self._backend, quadratic):
-                self._check_finite("mean", self._mean)
-                raise too_far("x", images)
-        return quadratic.reshape(sample_shape + self._layout.batch_shape)
-
     def _square(self, images: Array) -> Array:
+        """‖(r − P c)/√D‖² + ‖c‖² with r = x − μ and c = K⁻¹PᵀD⁻¹r.
+
+        The difference r'D⁻¹r − c'Kc of two large numbers that textbooks give loses several nats in float32.
+        """
         backend, xp = self._backend, self._backend.xp
         residual = images - self._mean_rows
         noise = self._posterior.mean(residual)
@@ -278,10 +249,6 @@ class LowRankNormal(Density):
     @cached
     def _posterior(self) -> FactorPosterior:
         return FactorPosterior(self._backend, self._factor_rows, None, self._variance_rows)
-
-    @cached
-    def _exact(self) -> LowRankNormal:
-        return self.to(self._backend.xp.float64)
 
     @cached
     def _logdet(self) -> Array:
