@@ -256,3 +256,9 @@ def test_the_server_may_come_from_the_environment_or_the_option(address, covae):
     assert result.returncode == 0
     with Client(address) as client:
         assert client.model("toy").name == "toy"
+
+
+def test_images_that_stay_beside_new_samples_are_told(covae, address, tmp_path):
+    assert covae("sample", "toy", "--server", address, "-n", 3, "--out", tmp_path / "out").stderr == ""
+    result = covae("sample", "toy", "--server", address, "-n", 1, "--start", 1, "--out", tmp_path / "out")
+    assert (result.returncode, result.stderr) == (0, f"note: 2 other images stay in {tmp_path / 'out'}\n")

@@ -229,7 +229,7 @@ def test_any_operation_runs_by_its_tensors(model, images):
     np.testing.assert_array_equal(found["latent_mean"], model.encode(images).mean)
     with pytest.raises(errors.InvalidArgument, match=r"encode: found the inputs \['picture'\], expected \['image'\]"):
         model.run("encode", picture=images)
-    with pytest.raises(errors.NotFound, match="does not serve its operation 'paint'"):
+    with pytest.raises(errors.NotFound, match="it has no operation 'paint'"):
         model.run("paint")
 
 

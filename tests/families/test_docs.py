@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +17,42 @@ from covae_train.run import load_run
 from covae_train.training import Trainer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def test_the_pages_file_is_found_from_any_folder_and_only_its_own_options_are_offered(tmp_path):
+    (snippet,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "plain.py").write_text(snippet)
+
+    def covae(*arguments, families="plain.py"):
+        return subprocess.run(
+            [sys.executable, "-m", "covae_client.cli", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "COVAE_FAMILIES": families, "COLUMNS": "200"},
+        )
+
+    said = covae("train", "plain", "--help").stdout
+    assert "[default: 0.01]" in said
+    assert "--mean-epochs" not in said
+    trained = covae("train", "plain", "--data", "digits", "--limit", "60", "--epochs", "1", "--widths", "8")
+    assert trained.returncode == 0, trained.stderr
+    without = covae("evaluate", "runs/digits-plain", families="")
+    assert re.match(r"error: .*config.json: family: found 'plain'; expected one of .*COVAE_FAMILIES", without.stderr)
+    assert "COVAE_FAMILIES: found nothing.py, which is no file" in covae("train", "-h", families="nothing.py").stderr
+
+
+def test_the_pages_file_passes_the_checks_of_the_project(tmp_path):
+    (snippet,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    for command in (["ruff", "check", "--stdin-filename"], ["ruff", "format", "--check", "--stdin-filename"]):
+        checked = subprocess.run(
+            [sys.executable, "-m", *command, "train/covae_train/families/plain.py", "-"],
+            input=f'"""Plain."""\n\n{snippet}',
+            capture_output=True,
+            text=True,
+            cwd=DOCUMENT.parents[1],
+        )
+        assert checked.returncode == 0, checked.stdout
 
 
 def test_the_family_of_the_page_is_complete(some_digits, tmp_path):

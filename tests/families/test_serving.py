@@ -105,7 +105,7 @@ def test_decode_and_draw(model, run):
 
 def test_encode(model, run, pictures):
     if lacks(model, "encode"):
-        with pytest.raises(NotFound, match="does not serve its operation 'encode'"):
+        with pytest.raises(NotFound, match="it has no operation 'encode'"):
             model.encode(pictures)
         return
     found = model.encode(pictures)

@@ -437,3 +437,9 @@ def test_a_column_is_refused_where_there_are_none(tmp_path):
     for data in ("digits", str(tmp_path)):
         with pytest.raises(DataError, match=r"--column: found 'nope', but .* has no columns"):
             load_images(data, column="nope")
+
+
+def test_a_data_folder_that_is_not_there_is_told_before_the_hub_is_asked(monkeypatch, tmp_path):
+    monkeypatch.setenv("COVAE_DATA", str(tmp_path / "nope"))
+    with pytest.raises(DataError, match=r"COVAE_DATA: found .*nope, which is no folder; expected one that has mnist/"):
+        load_images("mnist")

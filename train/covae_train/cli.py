@@ -131,7 +131,7 @@ def _option(family: Family, name: str, field: FieldInfo) -> Parameter:
     """A field of a family's options as an option of its command; None, if it is not given, leaves it to the family."""
     kind = _command_type(field)
     text = field.description or ""
-    if "[" not in text:
+    if "  [" not in text:  # a description may say itself what the default is
         text = f"{text}  [{_default_text(family, name, field)}]"
     option = typer.Option(help=text, show_default=False)
     annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045 - a type in a variable

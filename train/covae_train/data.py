@@ -180,6 +180,10 @@ def _refuse_column(data: str, column: str | None) -> None:
 
 def _splits(data: str, source: Source | None, column: str | None) -> dict[str, Split]:
     root = os.environ.get("COVAE_DATA")
+    if source and root and not Path(root).is_dir():
+        raise DataError(
+            f"COVAE_DATA: found {root}, which is no folder; expected one that has {source.folder}/, or unset"
+        )
     local = Path(root, source.folder) if root and source else None
     if source and local and local.is_dir():
         files = {path.stem: path for path in sorted(local.glob("*.parquet"))}

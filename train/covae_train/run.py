@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from covae_core.errors import InvalidArgument
 from covae_train.config import RunConfig
 from covae_train.errors import CheckpointError
-from covae_train.families import build_model, find_family
+from covae_train.families import Family, build_model, find_family
 from covae_train.image_model import ImageModel
 
 CONFIG_FILE = "config.json"
@@ -83,6 +84,13 @@ def has_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
+def _family_of(path: Path, name: str) -> Family:
+    try:
+        return find_family(name)
+    except InvalidArgument as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def load_config(folder: Path) -> RunConfig:
     """Read a run's configuration.
 
@@ -99,7 +107,7 @@ def load_config(folder: Path) -> RunConfig:
                 f"{path}: it has no options: a version of Covae before 0.2 began this run; use that one, or train "
                 "again with another --run"
             )
-        options = find_family(values["family"]).options(**values["options"])
+        options = _family_of(path, values["family"]).options(**values["options"])
         return RunConfig(**{**values, "options": options})
     except KeyError as error:
         raise CheckpointError(f"{path}: the configuration is damaged (it lacks {error})") from error

@@ -205,7 +205,9 @@ class AsyncModel:
         if endpoint is None and call.operation in OPERATIONS:
             endpoint = await self._transport.run(find_endpoint(self.name, call.operation, self.spec))
         if endpoint is None:
-            raise not_served(self.name, call.operation, self._transport.settings.address, self._endpoints)
+            raise not_served(
+                self.name, call.operation, self._transport.settings.address, self.spec.operations, self._endpoints
+            )
         self._endpoints[call.operation] = endpoint
         return call.finish(await self._transport.infer(endpoint, call, progress))
 

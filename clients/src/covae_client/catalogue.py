@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,15 @@ def endpoint(name: str, operation: str, spec: ModelSpec, config: Any) -> Endpoin
     return Endpoint(served_name(name, operation), entry.inputs(spec), entry.outputs(spec), batch)
 
 
-def not_served(name: str, operation: str, address: str, served: Mapping[str, Endpoint]) -> NotFound:
+def not_served(
+    name: str, operation: str, address: str, able: Sequence[str], served: Mapping[str, Endpoint]
+) -> NotFound:
     """The error for an operation that the server does not serve."""
+    if operation not in able:
+        return NotFound(
+            f"{name}: it has no operation {operation!r}; this model can do {', '.join(able)}, and {address} serves "
+            f"{', '.join(served)}"
+        )
     return NotFound(
         f"{name}: {address} does not serve its operation {operation!r}, only {', '.join(served)}; serve it with "
         f"`covae serve {name}`"

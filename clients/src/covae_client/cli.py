@@ -187,6 +187,9 @@ def sample(
             model, number=number, seed=seed, start=start, noise_seed=noise_seed, out=folder, grid=grid
         )
     typer.echo(f"{commands.counted(number, 'image')}: {place}")
+    others = 0 if grid else commands.count_others(folder, start, number)
+    if others:
+        typer.echo(f"note: {commands.counted(others, 'other image')} stay in {folder}", err=True)
 
 
 @app.command()

@@ -105,6 +105,12 @@ def sample(
     return grid
 
 
+def count_others(folder: Path, start: int, number: int) -> int:
+    """Images in a folder that are none of the `number` samples from `start` on."""
+    written = {f"{index:04d}.png" for index in range(start, start + number)}
+    return sum(path.name not in written for path in find_images([folder]))
+
+
 def edit(
     model: Model,
     edit_file: Path,

@@ -223,7 +223,7 @@ class Model:
                 self._transport.run(find_endpoint(self.name, operation, self.spec)) if operation in OPERATIONS else None
             )
             if found is None:
-                raise not_served(self.name, operation, self._transport.address, self._endpoints)
+                raise not_served(self.name, operation, self._transport.address, self.spec.operations, self._endpoints)
             self._endpoints[operation] = found
         return self._endpoints[operation]
 

@@ -228,7 +228,9 @@ class Plans:
 
     def _require_latents(self) -> None:
         if not self.spec.latents:
-            raise InvalidArgument(f"{self.name}: this model has no latents: it is one density; use sample and draw")
+            raise InvalidArgument(
+                f"{self.name}: this model has no latents: it is one density; draw and condition take None for them"
+            )
 
     def _latents(self, value: Any) -> tuple[dict[str, NDArray[Any]], bool]:
         """Each latent with a batch axis, and whether they came without one."""

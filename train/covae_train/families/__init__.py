@@ -6,11 +6,15 @@ phases and constraints of its training. See docs/families.md for one written ste
 
 from __future__ import annotations
 
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 from covae_core.errors import InvalidArgument
@@ -50,6 +54,8 @@ class Family:
     constraints: Callable[[RunConfig], Constraints] = lambda config: Constraints()
 
 
+# Files of families outside this folder, joined as PATH is.
+FAMILIES_VARIABLE = "COVAE_FAMILIES"
 _FAMILIES: dict[str, Family] = {}
 
 
@@ -60,14 +66,34 @@ def register(family: Family) -> Family:
 
 
 @cache
-def _import_own() -> None:
+def _import_all() -> None:
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         import_module(f"{__name__}.{module.name}")
+    for path in filter(None, os.environ.get(FAMILIES_VARIABLE, "").split(os.pathsep)):
+        _import_file(Path(path))
+
+
+def _import_file(path: Path) -> None:
+    if not path.is_file():
+        raise InvalidArgument(
+            f"{FAMILIES_VARIABLE}: found {path}, which is no file; expected Python files of families, joined by "
+            f"{os.pathsep!r}"
+        )
+    spec = spec_from_file_location(f"{__name__}.{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
 
 
 def families() -> dict[str, Family]:
-    """Every family by name, sorted."""
-    _import_own()
+    """Every family by name, sorted: those in this folder, those of COVAE_FAMILIES, and whatever else registered.
+
+    Raises:
+        InvalidArgument: COVAE_FAMILIES names what is no file.
+    """
+    _import_all()
     return dict(sorted(_FAMILIES.items()))
 
 
@@ -79,7 +105,9 @@ def find_family(name: str) -> Family:
     """
     known = families()
     if name not in known:
-        raise InvalidArgument(f"family: found {name!r}; expected one of {', '.join(known)}")
+        raise InvalidArgument(
+            f"family: found {name!r}; expected one of {', '.join(known)}, or a file of its own in COVAE_FAMILIES"
+        )
     return known[name]
 
 

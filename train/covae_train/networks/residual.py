@@ -27,8 +27,15 @@ SIZE_DEFAULTS: tuple[tuple[int, Mapping[str, Any]], ...] = (
 LEARNING_RATES = (1e-3, 1e-4)
 
 
-class ResidualOptions(TrainedOptions):
-    """Of a family with these networks, trained as SOS-VAE is: first the mean alone, then everything, constrained."""
+class NetworkOptions(TrainedOptions):
+    """Of a family with these networks."""
+
+    widths: tuple[PositiveInt, ...] = Field(min_length=1, description="feature maps per level")
+    latent_size: PositiveInt = Field(description="length of the latent")
+
+
+class ResidualOptions(NetworkOptions):
+    """Of one that is trained as SOS-VAE is: first the mean alone, then everything, constrained."""
 
     mean_epochs: int = Field(
         default_factory=lambda given: given.get("epochs", 0) // 2,
@@ -36,8 +43,6 @@ class ResidualOptions(TrainedOptions):
         description="passes of the first phase, which trains the mean alone  [half]",
     )
     mean_learning_rate: PositiveFloat = Field(description="Adam's, while only the mean is trained")
-    widths: tuple[PositiveInt, ...] = Field(min_length=1, description="feature maps per level")
-    latent_size: PositiveInt = Field(description="length of the latent")
     target_kl: PositiveFloat = Field(description="ξ_KL, nats per image")
     multiplier_lr: PositiveFloat = Field(25.0, description="the multipliers' learning rate")
     damping: float = Field(250.0, ge=0, description="of the constraints, per nat per image")
@@ -47,6 +52,11 @@ class ResidualOptions(TrainedOptions):
         if self.mean_epochs >= self.epochs:
             raise ValueError(f"mean_epochs: found {self.mean_epochs}; expected fewer than epochs = {self.epochs}")
         return self
+
+
+def network_defaults(image_shape: ImageShape) -> dict[str, Any]:
+    """The defaults of NetworkOptions for an image shape (H, W, C)."""
+    return {name: value for name, value in size_defaults(image_shape).items() if name in NetworkOptions.model_fields}
 
 
 def size_defaults(image_shape: ImageShape) -> dict[str, Any]:
