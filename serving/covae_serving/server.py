@@ -26,6 +26,8 @@ from covae_serving.stubs import STOPPED, Stub, find_stubs
 
 POLL_S = 0.05
 CONNECT_S = 0.5
+# In the log of a Triton that could not listen.
+ADDRESS_TAKEN = "already in use"
 BIND_ATTEMPTS = 3
 # A stub's region holds its tensors in flight. It is allocated whole at the start, and a container's /dev/shm can be as
 # small as 64 MB; a batch of factors takes 80 MB, which steps of 1 MB (Triton's default) would reach slowly.
@@ -117,10 +119,11 @@ class Server:
             ports = choose_ports(self._host, self._asked_ports)
             try:
                 failures = self._start(ports)
-            except ServingError:
-                if all(is_free(self._host, port) for port in ports):
+            except ServingError as error:
+                # Another program may have taken a chosen port before Triton could, and let go of it since.
+                if ADDRESS_TAKEN not in str(error) and all(is_free(self._host, port) for port in ports):
                     raise
-                continue  # another program took a chosen port before Triton could
+                continue
             self.ports = ports
             return failures
         raise ServingError(f"{self._host}: other programs took the chosen ports {BIND_ATTEMPTS} times; try again")
