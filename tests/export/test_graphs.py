@@ -127,6 +127,7 @@ def check_restart(path, whole, found, folder):
     assert json.loads(result.stdout) == [hashlib.sha256(value.tobytes()).hexdigest() for value in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sample_keeps_to_the_contract_and_to_torch(family, runs, tmp_path):
     model, spec, path = runs[family].model, describe(runs[family], SCORE_SAMPLES, 3), tmp_path / "sample.onnx"
@@ -140,6 +141,7 @@ def test_sample_keeps_to_the_contract_and_to_torch(family, runs, tmp_path):
     np.testing.assert_allclose(latents, standard_normal(seeds, 5, Stream.LATENT).numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(9, 13, 3), (11, 8, 1)], ids=str)
 def test_rows_of_any_length_keep_their_bytes_in_any_batch(shape, tmp_path):
     torch.manual_seed(0)

@@ -111,6 +111,7 @@ def shown(*words, cwd):
     return " ".join(result.stdout.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_help_lists_the_families_and_a_familys_own_options_with_their_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     listed = shown("train", "--help", cwd=tmp_path)
@@ -124,6 +125,7 @@ def test_help_lists_the_families_and_a_familys_own_options_with_their_defaults(t
     assert "--maps <int> N, feature maps of the latent, 3×3 each" in shown("train", "spatial-mvn", "-h", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_training_begins_with_what_it_is_about_and_warns_of_few_images(tmp_path):
     said = shown("train", "pca", "--data", "digits", "--limit", "30", "--rank", "3", cwd=tmp_path)
     assert "pca: 30 grey images of 8x8, 297 held out; 257 parameters; on cpu; fit at once" in said
