@@ -189,11 +189,17 @@ def test_a_checkpoint_of_another_network_is_told(few_digits, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"options": {}}', '{"family": "gan", "options": {}}', '{"family": "sos-vae", "options": {}}'],
+    ["", "{", "[]", '{"options": {}}', '{"family": "sos-vae", "options": {}}'],
 )
 def test_a_damaged_configuration_is_told(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json: the configuration is damaged"):
+        load_config(tmp_path)
+
+
+def test_a_run_of_a_family_that_is_not_here_is_no_damaged_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"family": "gan", "options": {}}')
+    with pytest.raises(CheckpointError, match=r"config\.json: family: found 'gan'; expected one of .*COVAE_FAMILIES"):
         load_config(tmp_path)
 
 
