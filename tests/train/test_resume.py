@@ -14,7 +14,7 @@ from covae_train.errors import CheckpointError
 from covae_train.families import make_config
 from covae_train.records import read_metrics
 from covae_train.run import load_checkpoint, load_config
-from covae_train.training import Trainer
+from covae_train.training import Interrupted, Trainer
 
 from .toys import Crash, crash_at, tiny_config, trained
 
@@ -227,6 +227,19 @@ def test_a_record_that_a_crash_cut_short_is_left_out(uninterrupted, few_digits, 
         file.write("30.0,2.0,0.0,1.5,-1")
     trained(config, few_digits, tmp_path / "run", checkpoint_steps=6)
     assert_same_run(tmp_path / "run", uninterrupted / "sos-vae")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_a_step_is_reported_keeps_that_step(number, few_digits, tmp_path):
+    def interrupt(report):
+        if report.step == 5:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as stopped:
+        Trainer(tiny_config(), few_digits, tmp_path / "run").fit(interrupt)
+    step = load_checkpoint(tmp_path / "run").state["step"]
+    assert f"stopped at step {step};" in str(stopped.value)
+    assert step >= 5
 
 
 @pytest.mark.slow

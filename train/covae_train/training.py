@@ -161,10 +161,12 @@ class Trainer:
                     report = self._train_step(batch)
                     if self.step % RECORD_EVERY_STEPS == 0 or self.step == self.total_steps:
                         records.add(report.row(phase))
-                    if self.step % self.checkpoint_steps == 0 or stop.is_set():
+                    if self.step % self.checkpoint_steps == 0:
                         self.save()
                     on_step(report)
                     if stop.is_set():
+                        if self.saved_step < self.step:
+                            self.save()
                         raise Interrupted(f"stopped at step {self.step}; the same command resumes from {self.folder}")
                 self._begin_what_is_due()
             self.save()
