@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from covae_core.backends import using_backend
 from covae_core.contract import ModelSpec
+from covae_core.densities import Density
 from covae_core.operations import OPERATIONS, Operation, abilities
 from covae_export.float64 import in_float64, runnable_in_float64
 from covae_export.traced_backend import TracedBackend
@@ -56,10 +57,10 @@ def describe(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpe
 
 def _described(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpec:
     model = run.model
-    two, three = (_density_parameters(model, rows) for rows in (2, 3))
+    density, larger = (model.density(_zeros(model, rows), rows) for rows in (2, 3))
+    two, three = _shapes(density), _shapes(larger)
     # What differs between two rows and three has a batch axis; the rest is shared by all rows.
     parameters = {name: shape if shape == three[name] else shape[1:] for name, shape in two.items()}
-    density = model.density(_zeros(model, 2), 2)
     height, width, channels = run.config.image_shape
     images = torch.zeros(2, channels, height, width, dtype=model.dtype)
     posteriors = model.posteriors(images) if model.encodes else {}
@@ -87,6 +88,5 @@ def _zeros(model: ImageModel, rows: int) -> dict[str, Tensor]:
     return {name: torch.zeros(rows, *shape, dtype=model.dtype) for name, shape in model.latents.items()}
 
 
-def _density_parameters(model: ImageModel, rows: int) -> dict[str, tuple[int, ...]]:
-    density = model.density(_zeros(model, rows), rows)
+def _shapes(density: Density) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in density.parameters.items()}

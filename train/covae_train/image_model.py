@@ -93,13 +93,6 @@ class Vae(ImageModel):
         super().__init__({"latent": latent_shape})
         self.encoder, self.decoder, self.head = encoder, decoder, head
 
-    def draw_latents(self, count: int, random: torch.Generator) -> dict[str, Tensor]:
-        """`count` draws from the prior of each latent. shapes: (count, …latent_shape)"""
-        return {
-            name: self.prior(name).draw(torch.randn(count, *shape, generator=random))
-            for name, shape in self.latents.items()
-        }
-
     def posteriors(self, images: Tensor) -> Mapping[str, NormalPosterior]:
         """q(z|x) of images (B, C, H, W) in [0, 1]."""
         return {"latent": self.encoder(images)}

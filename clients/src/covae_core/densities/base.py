@@ -126,12 +126,7 @@ class Drawable(ABC):
         return list(backend.xp.broadcast_arrays(*arrays.values()))
 
     def _check_finite(self, name: str, array: Array) -> None:
-        if not self._backend.looks:
-            return
-        bad = self._backend.nonfinite(array)
-        if bad:
-            total = prod(array.shape)
-            raise NotFinite(f"{name}: found {bad} NaN or infinite values among {total}, expected finite numbers only")
+        check_finite(self._backend, name, array)
 
     def _noise(self, seeds: Array, count: int, stream: Stream, dtype: Any) -> Array:
         """Standard normals of seeds (N, B). shape: (N, B, count)"""
@@ -149,6 +144,7 @@ class Density(Drawable):
 
     kind: ClassVar[str]
     _mean: Array
+    _mean_rows: Array
     _variance_rows: Array
     _logdet: Any
 
@@ -210,6 +206,14 @@ class Density(Drawable):
         values: dict[str, Any] = {name: astype(value, dtype, copy=False) for name, value in self.parameters.items()}
         return type(self)(**values, check=False)  # type: ignore[call-arg]
 
+    def _expand(self: OneDensity, layout: Layout) -> OneDensity:
+        """The same density for each row of a larger batch."""
+        if layout.batch_shape == self.batch_shape:
+            return self
+        values: dict[str, Any] = dict(self.parameters)
+        values["mean"] = self._backend.xp.broadcast_to(self._mean, layout.batch_shape + layout.image_shape)
+        return type(self)(**values, check=False)  # type: ignore[call-arg]
+
     def __repr__(self) -> str:
         many = f"{self._layout.rows} images" if self.batch_shape else "images"
         size = "×".join(map(str, self.image_shape))
@@ -226,6 +230,18 @@ class Density(Drawable):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
+def check_finite(backend: Backend, name: str, array: Array) -> None:
+    """See that no value is NaN or infinite, where values may be looked at.
+
+    Raises:
+        NotFinite: one is.
+    """
+    bad = backend.nonfinite(array) if backend.looks else 0
+    if bad:
+        total = prod(array.shape)
+        raise NotFinite(f"{name}: found {bad} NaN or infinite values among {total}, expected finite numbers only")
+
+
 def read_variance(backend: Backend, variance: Any, image_shape: Shape, like: Array, *, check: bool) -> Array:
     """The variance with axes along which it only repeats one value cut to size 1. shape: (…, C or 1, H or 1, W or 1)
 
@@ -236,11 +252,7 @@ def read_variance(backend: Backend, variance: Any, image_shape: Shape, like: Arr
     variance_lead(given.shape, image_shape)
     given = backend.cut_repeats(given.reshape(1, 1, 1) if given.ndim == 0 else given)
     if check and backend.looks:
-        bad = backend.nonfinite(given)
-        if bad:
-            raise NotFinite(
-                f"variance: found {bad} NaN or infinite values among {prod(given.shape)}, expected finite numbers only"
-            )
+        check_finite(backend, "variance", given)
         if not bool((given > 0).all()):
             raise InvalidArgument(
                 f"variance: found {float(given.min()):g} as its smallest value, expected positive finite numbers only"

@@ -11,7 +11,6 @@ from array_api_compat import device
 from covae_core.backends import Array, backend_of, cached
 from covae_core.densities.base import (
     Density,
-    Drawable,
     logdet_of_diagonal,
     read_variance,
     shared_rows,
@@ -19,7 +18,7 @@ from covae_core.densities.base import (
     weighted_square,
 )
 from covae_core.densities.layout import Layout, common_batch, flat_pixel, image_shape_of, variance_lead
-from covae_core.densities.observation import Observation, square_of_fixed
+from covae_core.densities.observation import Conditional, Observation
 from covae_core.noise import Stream
 
 
@@ -101,8 +100,7 @@ class DiagonalNormal(Density):
 
     def condition(self, mask: Any, pixels: Any, softness: Any = 0.0) -> ConditionalDiagonalNormal:
         """Fix some pixels; the rest stay as they are. Arguments and errors as LowRankNormal.condition."""
-        observation = Observation(self, self._variance_rows, mask, pixels, softness)
-        return ConditionalDiagonalNormal(self._expand(observation.layout), observation)
+        return ConditionalDiagonalNormal(self, Observation(self, self._variance_rows, mask, pixels, softness))
 
     @cached
     def _logdet(self) -> Array:
@@ -112,33 +110,9 @@ class DiagonalNormal(Density):
         noise = self._noise(seeds, self._layout.pixels, Stream.PIXEL, self._mean.dtype)
         return self._mean_rows + self._backend.xp.sqrt(self._variance_rows) * noise
 
-    def _expand(self, layout: Layout) -> DiagonalNormal:
-        if layout.batch_shape == self.batch_shape:
-            return self
-        mean = self._backend.xp.broadcast_to(self._mean, layout.batch_shape + layout.image_shape)
-        return DiagonalNormal(mean, self._variance, check=False)
 
-
-class ConditionalDiagonalNormal(Drawable):
+class ConditionalDiagonalNormal(Conditional):
     """A DiagonalNormal with some pixels fixed; the others keep their mean and variance. Made by its condition."""
-
-    def __init__(self, density: DiagonalNormal, observation: Observation) -> None:
-        self._density, self._observation = density, observation
-        self._layout, self._backend = density._layout, density._backend
-
-    @property
-    def _device(self) -> Any:
-        return self._density._device
-
-    @cached
-    def mean(self) -> Array:
-        """The fixed values on the mask, μ off it; shape (*batch_shape, C, H, W)."""
-        return self._images(self._agree(self._density._mean_rows[None], None), ())
-
-    def distance(self) -> Array:
-        """Mahalanobis square of the fixed values under the density, in float64: χ² of as many degrees of freedom as
-        values are fixed. shape: batch_shape"""
-        return self._spread(square_of_fixed(self)[0], ())
 
     def _square(self) -> Array:
         seen, backend = self._observation, self._backend
@@ -158,9 +132,6 @@ class ConditionalDiagonalNormal(Drawable):
         """
         own = one_hot(self._density, flat_pixel(pixel, self.image_shape))
         return self._spread(self._observation.keep_everywhere() * self._density._variance_rows * own)
-
-    def _draw(self, seeds: Array) -> Array:
-        return self._agree(self._density._draw(seeds), seeds)
 
     def _agree(self, images: Array, seeds: Array | None) -> Array:
         seen, xp = self._observation, self._backend.xp

@@ -11,7 +11,6 @@ import numpy as np
 from covae_core.backends import Array, backend_of, cached
 from covae_core.densities.base import (
     Density,
-    Drawable,
     logdet_of_diagonal,
     overflows,
     read_variance,
@@ -30,7 +29,7 @@ from covae_core.densities.layout import (
     require_count,
     variance_lead,
 )
-from covae_core.densities.observation import Observation, square_of_fixed
+from covae_core.densities.observation import Conditional, Observation
 from covae_core.densities.slerp import slerp
 from covae_core.errors import NotFinite
 from covae_core.noise import Stream
@@ -198,8 +197,7 @@ class LowRankNormal(Density):
             InvalidArgument: a shape does not fit, mask is not bool, a pixel on the mask is not finite, or the softness
                 is negative.
         """
-        observation = Observation(self, self._variance_rows, mask, pixels, softness)
-        return ConditionalLowRankNormal(self._expand(observation.layout), observation)
+        return ConditionalLowRankNormal(self, Observation(self, self._variance_rows, mask, pixels, softness))
 
     def components(self) -> Array:
         """Principal components P V of the factor, largest first; shape (*batch_shape, R, C, H, W).
@@ -273,14 +271,8 @@ class LowRankNormal(Density):
         rows, sample_shape = self._rows(name, self._backend.array(noise, like=self._mean), (self.rank,))
         return self._images(self._mean_rows + times(self._backend, rows, self._factor_rows), sample_shape)
 
-    def _expand(self, layout: Layout) -> LowRankNormal:
-        if layout.batch_shape == self.batch_shape:
-            return self
-        mean = self._backend.xp.broadcast_to(self._mean, layout.batch_shape + layout.image_shape)
-        return LowRankNormal(mean, self._factor, self._variance, check=False)
 
-
-class ConditionalLowRankNormal(Drawable):
+class ConditionalLowRankNormal(Conditional):
     """A LowRankNormal with some pixels fixed: N(μ + P c, P K⁻¹ Pᵀ + D) off the mask (SOS-VAE eq. 6).
 
     K = I + Pᵀdiag(m/(d + s²))P and c = K⁻¹Pᵀdiag(m/(d + s²))(b − μ) for the mask m, the fixed values b and the softness
@@ -289,34 +281,19 @@ class ConditionalLowRankNormal(Drawable):
     """
 
     def __init__(self, density: LowRankNormal, observation: Observation) -> None:
-        self._density, self._observation = density, observation
-        self._layout, self._backend = density._layout, density._backend
+        super().__init__(density, observation)
         seen = observation
         if seen.everything and seen.soft is None:
-            self._posterior = density._posterior
+            self._posterior = self._density._posterior
             return
         precise = seen.columns is not None and seen.most <= PRECISE_COLUMNS
         self._posterior = FactorPosterior(
             self._backend, self._observed_factor(), seen.counted, seen.variance, precise=precise
         )
 
-    @property
-    def _device(self) -> Any:
-        return self._density._device
-
     def _observed_factor(self) -> Array:
         columns, factor = self._observation.columns, self._density._factor_rows
         return factor if columns is None else self._backend.take_factor(factor, columns)
-
-    @cached
-    def mean(self) -> Array:
-        """The conditional mean: the fixed values on the mask, μ + P c off it; shape (*batch_shape, C, H, W)."""
-        return self._images(self._agree(self._density._mean_rows[None], None), ())
-
-    def distance(self) -> Array:
-        """Mahalanobis square of the fixed values under the density, in float64: χ² of as many degrees of freedom as
-        values are fixed. shape: batch_shape"""
-        return self._spread(square_of_fixed(self)[0], ())
 
     def _square(self) -> Array:
         seen, backend, xp = self._observation, self._backend, self._backend.xp
@@ -348,11 +325,8 @@ class ConditionalLowRankNormal(Drawable):
         covariance = times(self._backend, noise, density._factor_rows)[0] * keep[:, index, None]
         return self._spread(keep * (covariance + density._variance_rows * one_hot(density, index)))
 
-    def _draw(self, seeds: Array) -> Array:
-        return self._agree(self._density._draw(seeds), seeds)
-
     def _agree(self, images: Array, seeds: Array | None) -> Array:
-        """Matheron's rule: move images (N, B, S) of the unconditional density so that they agree with the pixels."""
+        """By Matheron's rule."""
         seen, backend = self._observation, self._backend
         pixels, fixed = seen.observed(seeds)
         residual = (pixels - backend.take(images, seen.columns)) * seen.counted

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
-from covae_core.backends import Array, Backend
-from covae_core.densities.base import Density, overflows, shared_rows, too_far
+from covae_core.backends import Array, Backend, cached
+from covae_core.densities.base import Density, Drawable, overflows, shared_rows, too_far
 from covae_core.densities.layout import Layout, axes_before, common_batch, mask_lead
 from covae_core.errors import InvalidArgument
 from covae_core.noise import Stream
@@ -17,8 +18,9 @@ class Observation:
     With D the pixels' independent variance, observed values are drawn to b by the gain g = m D / (D + s²); what is left
     to the density is `keep`, 1 − g. At s = 0, g is the mask itself, and the pixels are fixed.
 
-    layout: of the conditional density. columns: the pixels that the mask touches, or None for all. counted: the mask
-    there, in numbers. variance: D + s² there. pixels: b there, 0 where the mask is; shape (1, B, n).
+    given: what `condition` was. layout: of the conditional density. columns: the pixels that the mask touches, or None
+    for all. counted: the mask there, in numbers. variance: D + s² there. pixels: b there, 0 where the mask is; shape
+    (1, B, n).
     keep, fixed: 1 − g and g b, where `Backend.overlay` wants them.
 
     Raises:
@@ -28,7 +30,7 @@ class Observation:
 
     def __init__(self, density: Density, variance: Array, mask: Any, pixels: Any, softness: Any) -> None:
         self._backend = backend = density._backend
-        self._given = (mask, pixels, softness)
+        self.given = (mask, pixels, softness)
         xp = backend.xp
         mask, pixels = backend.array(mask), backend.array(pixels, like=density.mean)
         if mask.dtype != xp.bool:
@@ -77,10 +79,6 @@ class Observation:
         pixels = self.pixels - backend.take(noise, self.columns) * self.counted
         return pixels, self.fixed - self.gain * backend.take(noise, self._place)
 
-    def in_float64(self, density: Any) -> Any:
-        """The same pixels fixed in a density, conditional and all in float64."""
-        return density.to(self._backend.xp.float64).condition(*self._given)
-
     def keep_everywhere(self) -> Array:
         """1 − g at every pixel. shape: (M, S)"""
         if self._place is None:
@@ -115,15 +113,48 @@ def read_softness(backend: Backend, softness: Any, like: Array) -> tuple[Array |
     return given.reshape(-1, 1), tuple(given.shape)
 
 
-def square_of_fixed(conditional: Any) -> Array:
-    """The Mahalanobis square of fixed pixels, done again in float64 if it overflows. shape: (1, B)
+class Conditional(Drawable):
+    """A density with some pixels fixed. Made by the density's `condition`."""
 
-    Raises:
-        NotFinite: not even float64 holds it.
-    """
-    quadratic = conditional._square()
-    if overflows(conditional._backend, quadratic):
-        quadratic = conditional._observation.in_float64(conditional._density)._square()
-        if overflows(conditional._backend, quadratic):
-            raise too_far("pixels", conditional._observation.pixels)
-    return quadratic
+    def __init__(self, density: Any, observation: Observation) -> None:
+        self._observation = observation
+        self._density = density._expand(observation.layout)
+        self._layout, self._backend = self._density._layout, self._density._backend
+
+    @property
+    def _device(self) -> Any:
+        return self._density._device
+
+    @cached
+    def mean(self) -> Array:
+        """The conditional mean: the fixed values on the mask; shape (*batch_shape, C, H, W)."""
+        return self._images(self._agree(self._density._mean_rows[None], None), ())
+
+    def distance(self) -> Array:
+        """Mahalanobis square of the fixed values under the density, in float64: χ² of as many degrees of freedom as
+        values are fixed. shape: batch_shape
+
+        Where the square overflows, everything is done again in float64.
+
+        Raises:
+            NotFinite: not even float64 holds it.
+        """
+        quadratic = self._square()
+        if overflows(self._backend, quadratic):
+            exact = self._density.to(self._backend.xp.float64).condition(*self._observation.given)
+            quadratic = exact._square()
+            if overflows(self._backend, quadratic):
+                raise too_far("pixels", self._observation.pixels)
+        return self._spread(quadratic[0], ())
+
+    def _draw(self, seeds: Array) -> Array:
+        return self._agree(self._density._draw(seeds), seeds)
+
+    @abstractmethod
+    def _square(self) -> Array:
+        """The distance in the density's own precision. shape: (1, B)"""
+
+    @abstractmethod
+    def _agree(self, images: Array, seeds: Array | None) -> Array:
+        """Images (N, B, S) of the unconditional density, moved so that they agree with the pixels, which are seen with
+        the softness's noise of these seeds."""
