@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.catalogue import find_endpoint, find_model, list_models, not_served
+from covae_client.catalogue import find_model, list_models
 from covae_client.client import DEFAULT_ADDRESS, checked_settings
 from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
-from covae_client.model import BeyondReach, beyond_reach, described, least_softness
-from covae_client.plans import REACH, Call, Conditioned, Plans
-from covae_client.retry import ASKED_AGAIN, Retry, Timeout
+from covae_client.model import BeyondReach, ModelBase, beyond_reach, least_softness
+from covae_client.plans import REACH, Call, Conditioned
+from covae_client.retry import ASKED_AGAIN, Attempts, Retry, Timeout
 from covae_client.scoring import Scores
 from covae_client.transport import (
     CONNECT_POLL_S,
@@ -36,8 +36,6 @@ from covae_client.transport import (
     request_tensors,
     translated,
 )
-from covae_core.contract import ModelSpec
-from covae_core.operations import OPERATIONS
 
 if TYPE_CHECKING:
     from covae_core.densities import Density
@@ -68,7 +66,7 @@ class AsyncClient:
         self._transport = AsyncTransport(checked_settings(address, timeout, retry, tls, headers))
 
     def __repr__(self) -> str:
-        return f"<AsyncClient of {self._transport.settings.address}>"
+        return f"<AsyncClient of {self._transport.address}>"
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -84,7 +82,7 @@ class AsyncClient:
 
     async def model(self, name: str) -> AsyncModel:
         """As Client.model."""
-        found = await self._transport.run(find_model(name, self._transport.settings.address))
+        found = await self._transport.run(find_model(name, self._transport.address))
         return AsyncModel(name, found.spec, found.endpoints, self._transport)
 
     async def models(self) -> dict[str, tuple[str, ...]]:
@@ -92,30 +90,8 @@ class AsyncClient:
         return await self._transport.run(list_models())
 
 
-class AsyncModel:
+class AsyncModel(ModelBase["AsyncTransport"]):
     """A model on a server; `AsyncClient.model` makes it. Its methods are those of `Model`, to be awaited."""
-
-    def __init__(
-        self, name: str, spec: ModelSpec, endpoints: Mapping[str, Endpoint], transport: AsyncTransport
-    ) -> None:
-        self.name, self.spec = name, spec
-        self._plans = Plans(name, spec)
-        self._endpoints = dict(endpoints)
-        self._transport = transport
-
-    def __repr__(self) -> str:
-        return "Async".join(
-            ("<", described(self.name, self.spec, self.operations, self._transport.settings.address)[1:])
-        )
-
-    @property
-    def operations(self) -> tuple[str, ...]:
-        """The operations that the server was seen to serve of this model."""
-        return tuple(operation for operation in OPERATIONS if operation in self._endpoints)
-
-    def latents(self, n: int, *, seed: int = 0, start: int = 0) -> Any:
-        """As Model.latents; made here, so there is nothing to await."""
-        return self._plans.latents(n, seed, start)
 
     async def sample(
         self,
@@ -202,13 +178,8 @@ class AsyncModel:
 
     async def _do(self, call: Call[Result], progress: Progress | None) -> Result:
         endpoint = self._endpoints.get(call.operation)
-        if endpoint is None and call.operation in OPERATIONS:
-            endpoint = await self._transport.run(find_endpoint(self.name, call.operation, self.spec))
         if endpoint is None:
-            raise not_served(
-                self.name, call.operation, self._transport.settings.address, self.spec.operations, self._endpoints
-            )
-        self._endpoints[call.operation] = endpoint
+            endpoint = await self._transport.run(self._ask_for(call.operation))
         return call.finish(await self._transport.infer(endpoint, call, progress))
 
 
@@ -216,7 +187,7 @@ class AsyncTransport:
     """A connection to one Triton server over gRPC in an event loop; made on the first call."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.address = settings, settings.address
         self._triton: Any = None
         self._connecting: asyncio.Lock | None = None
         self._connected = self._closed = False
@@ -285,16 +256,15 @@ class AsyncTransport:
         """
         await self._connect()
         retry = Retry(attempts=1) if question.once else self.settings.retry
-        deadline, failures = time.monotonic() + self.settings.timeout.request_s, 0
+        attempts = Attempts(retry, self.settings.timeout.request_s)
         while True:
             try:
-                return await self._attempt(question, deadline - time.monotonic(), **options)
+                return await self._attempt(question, attempts.seconds_left, **options)
             except ASKED_AGAIN:
-                failures += 1
-                wait_s = retry.wait_s(failures)
-                if failures == retry.attempts or self._closed or time.monotonic() + wait_s >= deadline:
+                pause_s = attempts.pause_s()
+                if pause_s is None or self._closed:
                     raise
-                await asyncio.sleep(wait_s)
+                await asyncio.sleep(pause_s)
 
     async def _attempt(self, question: Question, seconds: float, **options: Any) -> Any:
         from tritonclient.utils import InferenceServerException
@@ -307,7 +277,7 @@ class AsyncTransport:
                 *question.arguments, headers=self.settings.headers, client_timeout=max(seconds, 0.001), **options
             )
         except InferenceServerException as error:
-            raise translated(self.settings.address, question.action, error) from error
+            raise translated(self.address, question.action, error) from error
 
     async def _connect(self) -> None:
         if self._closed:
@@ -326,9 +296,9 @@ class AsyncTransport:
 
                 tls = self.settings.tls
                 self._triton = InferenceServerClient(
-                    self.settings.address,
+                    self.address,
                     creds=None if tls is None else credentials(tls),
-                    channel_args=channel_options(self.settings.address),
+                    channel_args=channel_options(self.address),
                 )
             if not self._connected:
                 try:
@@ -353,7 +323,7 @@ class AsyncTransport:
                 reason = cause.message() if cause else str(error)
             if time.monotonic() + CONNECT_POLL_S >= deadline or self._closed:
                 raise ConnectionFailed(
-                    f"{self.settings.address}: no server answered within {connect_s} s: start one with `covae serve`, "
+                    f"{self.address}: no server answered within {connect_s} s: start one with `covae serve`, "
                     f"or give another address ({reason})"
                 )
             await asyncio.sleep(CONNECT_POLL_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from math import ceil, floor, log10
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +32,15 @@ class BeyondReach(UserWarning):
     """Fixed values that the density would hardly ever make: what follows from them may be anything."""
 
 
-class Transport(Protocol):
-    """Whatever carries a model's calls to a server and its answers back."""
+class Located(Protocol):
+    """Whatever has a server's address."""
 
     @property
     def address(self) -> str: ...
+
+
+class Transport(Located, Protocol):
+    """Whatever carries a model's calls to a server and its answers back."""
 
     def infer(
         self, endpoint: Endpoint, inputs: Inputs, rows: int, progress: Progress | None = None
@@ -45,7 +49,48 @@ class Transport(Protocol):
     def run(self, steps: Steps[Result]) -> Result: ...
 
 
-class Model:
+AnyTransport = TypeVar("AnyTransport", bound=Located)
+
+
+class ModelBase(Generic[AnyTransport]):
+    """What a model is apart from how its calls travel."""
+
+    def __init__(self, name: str, spec: ModelSpec, endpoints: Mapping[str, Endpoint], transport: AnyTransport) -> None:
+        self.name = name
+        self.spec = spec
+        self._plans = Plans(name, spec)
+        self._endpoints = dict(endpoints)
+        self._transport = transport
+
+    def __repr__(self) -> str:
+        kind, size = type(self).__name__, "×".join(map(str, self.spec.image_shape))
+        return (
+            f"<{kind} {self.name!r} ({self.spec.family}, images of {size}) at {self._transport.address}: "
+            f"{', '.join(self.operations)}>"
+        )
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The operations that the server was seen to serve of this model."""
+        return tuple(operation for operation in OPERATIONS if operation in self._endpoints)
+
+    def latents(self, n: int, *, seed: int = 0, start: int = 0) -> Any:
+        """The latents of the images that `sample` draws, made here, without the server: (n, …latent_shape), N(0, I).
+
+        They agree with `sample_with_latents` up to the last bits of log and cos.
+        """
+        return self._plans.latents(n, seed, start)
+
+    def _ask_for(self, operation: str) -> Steps[Endpoint]:
+        """An operation that was not there when the model was opened: it may have been loading, or healing."""
+        found = (yield from find_endpoint(self.name, operation, self.spec)) if operation in OPERATIONS else None
+        if found is None:
+            raise not_served(self.name, operation, self._transport.address, self.spec.operations, self._endpoints)
+        self._endpoints[operation] = found
+        return found
+
+
+class Model(ModelBase[Transport]):
     """A model on a server; `Client.model` makes it. Safe to use from many threads; it can be pickled.
 
     Images are uint8 (H, W, C), and are taken as files' paths and Pillow's pictures too, fitted as training did; latents
@@ -60,21 +105,6 @@ class Model:
             digits = client.model("digits-sos-vae")
             images = digits.sample(16, seed=0)
     """
-
-    def __init__(self, name: str, spec: ModelSpec, endpoints: Mapping[str, Endpoint], transport: Transport) -> None:
-        self.name = name
-        self.spec = spec
-        self._plans = Plans(name, spec)
-        self._endpoints = dict(endpoints)
-        self._transport = transport
-
-    def __repr__(self) -> str:
-        return described(self.name, self.spec, self.operations, self._transport.address)
-
-    @property
-    def operations(self) -> tuple[str, ...]:
-        """The operations that the server was seen to serve of this model."""
-        return tuple(operation for operation in OPERATIONS if operation in self._endpoints)
 
     def sample(
         self,
@@ -103,13 +133,6 @@ class Model:
     ) -> tuple[NDArray[np.uint8], Any]:
         """The images of `sample`, (n, H, W, C) uint8, and the latents they come from, (n, …latent_shape) float32."""
         return self._do(self._plans.sample(n, seed, noise_seed, start), progress)
-
-    def latents(self, n: int, *, seed: int = 0, start: int = 0) -> Any:
-        """The latents of the images that `sample` draws, made here, without the server: (n, …latent_shape), N(0, I).
-
-        They agree with `sample_with_latents` up to the last bits of log and cos.
-        """
-        return self._plans.latents(n, seed, start)
 
     def decode(self, latent: Any, *, progress: Progress | None = None) -> Density:
         """The density p(x|z) of a latent, (…latent_shape), or of each of N, (N, …latent_shape).
@@ -214,24 +237,8 @@ class Model:
             if progress is not None:
                 progress(done // call.per_unit, rows // call.per_unit)
 
-        return call.finish(self._transport.infer(self._endpoint(call.operation), call.inputs, call.rows, report))
-
-    def _endpoint(self, operation: str) -> Endpoint:
-        if operation not in self._endpoints:
-            # It may have been loading, or healing, when the model was opened.
-            found = (
-                self._transport.run(find_endpoint(self.name, operation, self.spec)) if operation in OPERATIONS else None
-            )
-            if found is None:
-                raise not_served(self.name, operation, self._transport.address, self.spec.operations, self._endpoints)
-            self._endpoints[operation] = found
-        return self._endpoints[operation]
-
-
-def described(name: str, spec: ModelSpec, operations: Sequence[str], address: str) -> str:
-    """A model in one line."""
-    size = "×".join(map(str, spec.image_shape))
-    return f"<Model {name!r} ({spec.family}, images of {size}) at {address}: {', '.join(operations)}>"
+        endpoint = self._endpoints.get(call.operation) or self._transport.run(self._ask_for(call.operation))
+        return call.finish(self._transport.infer(endpoint, call.inputs, call.rows, report))
 
 
 def beyond_reach(name: str, result: Conditioned) -> str:

@@ -66,20 +66,35 @@ class Retry:
         return random.uniform(whole / 2, whole)
 
 
+class Attempts:
+    """The attempts of one call: how long each may take, and the pauses between them."""
+
+    def __init__(self, retry: Retry, request_s: float) -> None:
+        self._retry, self._deadline, self._failures = retry, time.monotonic() + request_s, 0
+
+    @property
+    def seconds_left(self) -> float:
+        """Of request_s."""
+        return self._deadline - time.monotonic()
+
+    def pause_s(self) -> float | None:
+        """Seconds to wait after another failure; None if attempts or time have run out."""
+        self._failures += 1
+        wait_s = self._retry.wait_s(self._failures)
+        return None if self._failures == self._retry.attempts or wait_s >= self.seconds_left else wait_s
+
+
 def with_retries(call: Callable[[float], Result], *, retry: Retry, request_s: float, stop: Event) -> Result:
     """Run `call(seconds left)` until it no longer raises ASKED_AGAIN, attempts or time run out, or `stop` is set.
 
     Raises:
         ServerError: that of the last attempt.
     """
-    deadline = time.monotonic() + request_s
-    failures = 0
+    attempts = Attempts(retry, request_s)
     while True:
         try:
-            return call(deadline - time.monotonic())
+            return call(attempts.seconds_left)
         except ASKED_AGAIN:
-            failures += 1
-            wait_s = retry.wait_s(failures)
-            too_late = time.monotonic() + wait_s >= deadline
-            if failures == retry.attempts or too_late or stop.wait(wait_s):
+            pause_s = attempts.pause_s()
+            if pause_s is None or stop.wait(pause_s):
                 raise

@@ -18,9 +18,9 @@ class Observation:
     With D the pixels' independent variance, observed values are drawn to b by the gain g = m D / (D + s²); what is left
     to the density is `keep`, 1 − g. At s = 0, g is the mask itself, and the pixels are fixed.
 
-    given: what `condition` was. layout: of the conditional density. columns: the pixels that the mask touches, or None
-    for all. counted: the mask there, in numbers. variance: D + s² there. pixels: b there, 0 where the mask is; shape
-    (1, B, n).
+    given: mask, pixels and softness as they came. layout: of the conditional density. columns: the pixels that the mask
+    touches, or None for all. counted: the mask there, in numbers. variance: D + s² there. pixels: b there, 0 where the
+    mask is; shape (1, B, n).
     keep, fixed: 1 − g and g b, where `Backend.overlay` wants them.
 
     Raises:
