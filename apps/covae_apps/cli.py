@@ -120,13 +120,10 @@ def gallery(
     use_threads(1)
     from covae_apps.gallery import write_gallery
     from covae_core.files import check_writable
-    from covae_train.data import load_images
+    from covae_train.data import images_of
     from covae_train.run import load_run
 
     check_writable(output)
     loaded = [load_run(folder) for folder in runs]
-    config = loaded[0].config
-    height, width, channels = config.image_shape
-    data = load_images(config.data, (height, width), channels, column=config.column)
-    write_gallery(loaded, data, output, seed)
+    write_gallery(loaded, images_of(loaded[0].config), output, seed)
     typer.echo(f"{len(loaded)} runs: {output}")

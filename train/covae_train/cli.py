@@ -265,10 +265,11 @@ def fit_with_progress(trainer: Trainer) -> None:
 
 def _print_header(trainer: Trainer, console: Console) -> None:
     """What is about to be trained, on what."""
+    from covae_train.image_model import parameter_count
     from covae_train.phases import described
 
     images, (height, width, channels) = trainer.data, trainer.config.image_shape
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    parameters = parameter_count(trainer.model)
     colour = "grey" if channels == 1 else "RGB"
     console.print(
         f"{trainer.config.family}: {len(images.train):,} {colour} images of {height}x{width}, "
@@ -342,7 +343,7 @@ def evaluate(
 
     use_threads(threads)
     from covae_core.files import check_writable, write_text
-    from covae_train.data import load_images
+    from covae_train.data import images_of
     from covae_train.measures import Estimate, Settings, find_measure, measures
     from covae_train.run import load_run
 
@@ -352,8 +353,7 @@ def evaluate(
     results: list[dict[str, Any]] = []
     for folder in runs:
         run = load_run(folder)
-        height, width, channels = run.config.image_shape
-        data = load_images(run.config.data, (height, width), channels, column=run.config.column)
+        data = images_of(run.config)
         figures: dict[str, Estimate] = {}
         with Progress(transient=True) as progress:
             for item in wanted:

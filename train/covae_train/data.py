@@ -19,6 +19,7 @@ from torch import Tensor
 
 from covae_core.errors import ImageFileError
 from covae_core.images import EXTENSIONS, fit_image, list_images, open_image
+from covae_train.config import RunConfig
 from covae_train.errors import DataError
 
 MIN_SIZE, MAX_SIZE = 8, 256
@@ -120,6 +121,16 @@ def load_images(
         splits = _splits(data, source, column)
         images = _read(data, splits, image_size, channels, source.flips if source else False)
     return replace(images, train=images.train[:limit], limit=limit, column=column)
+
+
+def images_of(config: RunConfig) -> ImageData:
+    """A run's data set, at its images' shape; all of its training images, whatever the run's limit.
+
+    Raises:
+        DataError: as load_images.
+    """
+    height, width, channels = config.image_shape
+    return load_images(config.data, (height, width), channels, column=config.column)
 
 
 def _fit_digits(image_size: tuple[int, int] | None, channels: int | None) -> ImageData:

@@ -20,6 +20,11 @@ HEAD_WEIGHT_STD = 1e-5
 MEAN_BIAS = 0.5
 
 
+def parameter_count(module: nn.Module) -> int:
+    """Numbers that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 class ImageModel(nn.Module, ABC):
     """See `covae_core.modelling.Model`.
 
@@ -47,12 +52,13 @@ class ImageModel(nn.Module, ABC):
         assert isinstance(prior, Prior)
         return prior
 
+    def latent_noise(self, lead: tuple[int, ...], random: torch.Generator) -> dict[str, Tensor]:
+        """Standard normals for each latent. shapes: (*lead, …latent_shape)"""
+        return {name: torch.randn(*lead, *shape, generator=random) for name, shape in self.latents.items()}
+
     def draw_latents(self, count: int, random: torch.Generator) -> dict[str, Tensor]:
         """`count` draws from the prior of each latent. shapes: (count, …latent_shape)"""
-        return {
-            name: self.prior(name).draw(torch.randn(count, *shape, generator=random))
-            for name, shape in self.latents.items()
-        }
+        return {name: self.prior(name).draw(noise) for name, noise in self.latent_noise((count,), random).items()}
 
     def posteriors(self, images: Tensor) -> Mapping[str, NormalPosterior]:
         """q(z|x) of each latent for images (B, C, H, W) in [0, 1].

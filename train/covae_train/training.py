@@ -193,8 +193,7 @@ class Trainer:
         return (images.to(self.device).float() / 255).contiguous(memory_format=self.layout)
 
     def _noise(self, rows: int, random: torch.Generator) -> dict[str, Tensor]:
-        shapes = self.model.latents.items()
-        return {name: torch.randn(rows, *shape, generator=random).to(self.device) for name, shape in shapes}
+        return {name: noise.to(self.device) for name, noise in self.model.latent_noise((rows,), random).items()}
 
     def _train_step(self, images: Tensor) -> StepReport:
         start = time.perf_counter()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from covae_core.backends import Array, backend_of
-from covae_core.densities import Density
 from covae_core.modelling import Model
 
 
@@ -35,7 +34,7 @@ def importance_weights(model: Model, images: Array, noise: Mapping[str, Array]) 
     if not model.latents:
         # Every row has the one density: the images are its samples.
         density = model.density({}, images.shape[0]).to(xp.float64)
-        likelihood, distance = _score(density, xp.astype(images, xp.float64))
+        likelihood, distance = density.score(xp.astype(images, xp.float64))
         prior, posterior = xp.zeros_like(likelihood), xp.zeros_like(likelihood)
         parts = (likelihood + prior, likelihood, prior, posterior, distance)
         return Weights(*(part[:, None] for part in parts))
@@ -43,16 +42,12 @@ def importance_weights(model: Model, images: Array, noise: Mapping[str, Array]) 
     repeated = repeat_rows(xp.astype(images, xp.float64), count)
     posteriors = {name: posterior.repeat(count) for name, posterior in model.posteriors(images).items()}
     latents = {name: posterior.draw(flat(noise[name])) for name, posterior in posteriors.items()}
-    likelihood, distance = _score(model.density(latents, repeated.shape[0]).to(xp.float64), repeated)
+    likelihood, distance = model.density(latents, repeated.shape[0]).to(xp.float64).score(repeated)
     wide = {name: xp.astype(latent, xp.float64) for name, latent in latents.items()}
     prior = sum(model.prior(name).log_prob(latent) for name, latent in wide.items())
     posterior = sum(posteriors[name].to(xp.float64).log_prob(latent) for name, latent in wide.items())
     parts = (likelihood + prior - posterior, likelihood, prior, posterior, distance)
     return Weights(*(part.reshape(-1, count) for part in parts))
-
-
-def _score(density: Density, images: Array) -> tuple[Array, Array]:
-    return density.log_prob(images), density.distance(images)
 
 
 def repeat_rows(rows: Array, times: int) -> Array:

@@ -94,5 +94,5 @@ def mean_of(values: Tensor, digits: int = 3) -> Estimate:
 
 
 def needs_encoder(run: TrainedRun) -> str | None:
-    """What a run lacks for a measure that reconstructs images."""
-    return None if run.model.encodes else "an encoder"
+    """What a run lacks for a measure that scores or reconstructs images: a model with latents has to find them."""
+    return None if run.model.encodes or not run.model.latents else "an encoder"

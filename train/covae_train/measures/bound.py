@@ -11,7 +11,7 @@ from torch import Tensor
 from covae_core.errors import InvalidArgument
 from covae_core.importance import importance_weights
 from covae_train.data import ImageData
-from covae_train.measures import Estimate, Measure, Settings, mean_of, register
+from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.run import TrainedRun
 
 
@@ -30,8 +30,7 @@ def importance_bounds(
     random = torch.Generator().manual_seed(seed)
     weights = []
     for image in images:
-        shapes = run.model.latents.items()
-        noise = {name: torch.randn(1, num_samples, *shape, generator=random) for name, shape in shapes}
+        noise = run.model.latent_noise((1, num_samples), random)
         weights.append(importance_weights(run.model, image[None].float() / 255, noise).log_weight)
         on_image()
     logs = torch.cat(weights)
@@ -52,9 +51,6 @@ def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str
     return {heading: mean_of(bounds, 1)} | ({"ELBO": mean_of(elbos, 1)} if run.model.latents else {})
 
 
-def lacks(run: TrainedRun) -> str | None:
-    """A model with latents needs an encoder to be scored."""
-    return None if run.model.encodes or not run.model.latents else "an encoder"
-
-
-register(Measure("bound", "importance-weighted log-likelihood bound, nats per image", compute, lacks, usual=True))
+register(
+    Measure("bound", "importance-weighted log-likelihood bound, nats per image", compute, needs_encoder, usual=True)
+)

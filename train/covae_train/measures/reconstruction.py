@@ -9,7 +9,7 @@ from torch import Tensor
 
 from covae_core.densities import LowRankNormal
 from covae_train.data import ImageData
-from covae_train.measures import Estimate, Measure, Settings, mean_of, register
+from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.run import TrainedRun
 
 BATCH = 256
@@ -56,9 +56,6 @@ def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str
     }
 
 
-def lacks(run: TrainedRun) -> str | None:
-    """A model with latents needs an encoder to reconstruct an image."""
-    return None if run.model.encodes or not run.model.latents else "an encoder"
-
-
-register(Measure("reconstruction", "RMSE and bias of the decoded mean; MSE in [0, 255]", compute, lacks, usual=True))
+register(
+    Measure("reconstruction", "RMSE and bias of the decoded mean; MSE in [0, 255]", compute, needs_encoder, usual=True)
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from covae_train.data import ImageData
+from covae_train.image_model import parameter_count
 from covae_train.measures import Estimate, Measure, Settings, register
 from covae_train.run import TrainedRun
 
@@ -17,10 +18,9 @@ def seconds_per_epoch(run: TrainedRun) -> float:
 
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
     """As the run recorded it."""
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
     return {
         "seconds per epoch": Estimate(seconds_per_epoch(run), digits=2),
-        "parameters": Estimate(float(parameters), digits=0),
+        "parameters": Estimate(float(parameter_count(run.model)), digits=0),
     }
 
 

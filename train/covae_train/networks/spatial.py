@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from covae_core.densities import DiagonalNormal
 from covae_core.errors import InvalidArgument
 from covae_train.config import ImageShape, RunConfig, TrainedOptions
-from covae_train.image_model import DensityHead, Vae
+from covae_train.image_model import DensityHead, Vae, parameter_count
 from covae_train.objective import Batch, Terms, encoded, negative_bound
 from covae_train.phases import Phase, TrainingImages
 from covae_train.posteriors import NormalPosterior
@@ -125,11 +125,6 @@ def _decoder_layers(steps: Sequence[Step], widths: Sequence[int]) -> list[nn.Mod
 
 def _norm(width: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(width, NORM_EPSILON, NORM_MOMENTUM)
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Numbers that are trained."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class MapDecoder(nn.Module):

@@ -170,7 +170,12 @@ class Density(Drawable):
         Raises:
             InvalidArgument: the shape does not fit, a value is not finite, or it is beyond what float64 can square.
         """
-        return -0.5 * (self.distance(x) + self._spread(self._logdet, ()) + self._layout.pixels * log(2 * pi))
+        return self.score(x)[0]
+
+    def score(self, x: Any) -> tuple[Array, Array]:
+        """log_prob and distance of images; the distance, which is the work, is made once. Arguments as log_prob."""
+        distance = self.distance(x)
+        return -0.5 * (distance + self._spread(self._logdet, ()) + self._layout.pixels * log(2 * pi)), distance
 
     def distance(self, x: Any) -> Array:
         """Mahalanobis square (x − μ)ᵀ Σ⁻¹ (x − μ), in float64: χ² of S degrees of freedom under the density.
