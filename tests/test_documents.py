@@ -88,11 +88,13 @@ def test_the_table_of_operations_is_the_one_in_the_code():
         priors={"latent": "standard-normal"},
         density="low-rank-normal",
         density_parameters={"mean": (1, 4, 4), "factor": (3, 1, 4, 4), "variance": (1, 4, 4)},
+        scoring_parameters={},
         operations=tuple(OPERATIONS),
         score_samples=1,
         draw_samples=1,
         run_id="",
         run_digest="",
+        data="toy",
     )
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", TEXTS["docs/serving.md"], re.MULTILINE)
     assert [name for name, _, _ in rows] == list(OPERATIONS)

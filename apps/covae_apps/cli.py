@@ -69,7 +69,11 @@ def bench_draw(
 
 def report(
     name: Annotated[
-        str, typer.Argument(help="spatial: Tables 1 and 2 of the Spatial VAE paper; no-network: SOS-VAE 4.5")
+        str,
+        typer.Argument(
+            help="honest: bounds, calibration and coherence of sos-vae and beta-vae; spatial: Tables 1 and 2 of the "
+            "Spatial VAE paper; no-network: SOS-VAE 4.5"
+        ),
     ],
     data: Annotated[str, typer.Option(help="as `covae train --data`")] = "mnist",
     image_size: Annotated[str | None, typer.Option(help="N or HxW, 8 to 256  [the data's]")] = None,
@@ -78,6 +82,10 @@ def report(
     seeds: Annotated[int, typer.Option(min=1, help="trainings of each row")] = 3,
     images: Annotated[int, typer.Option(min=2, help="held-out images to measure on, at most")] = 10_000,
     measure: Annotated[list[str] | None, typer.Option(help="these measures alone, repeated  [the table's]")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of the families, as widths=16,32; repeated")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="these rows alone, repeated  [all]")] = None,
     runs: Annotated[Path, typer.Option(help="folder for the training runs, which are kept and reused")] = Path(
         "runs/report"
     ),
@@ -90,7 +98,7 @@ def report(
 
     from rich.console import Console
 
-    from covae_apps.report import REPORTS, as_markdown, run_report
+    from covae_apps.report import REPORTS, Plan, as_markdown, run_report
     from covae_core.errors import InvalidArgument
     from covae_core.files import check_writable, write_text
     from covae_train.cli import parse_size
@@ -100,15 +108,18 @@ def report(
         raise InvalidArgument(f"report: found {name!r}; expected one of {', '.join(REPORTS)}")
     check_writable(output)
     table, console = REPORTS[name](), Console()
-    loaded = load_images(data, parse_size(image_size), limit=limit)
-    rows = run_report(
-        table, loaded, runs / name, console, epochs=epochs, seeds=seeds, images=images, measures=measure or []
-    )
+    given = [text.partition("=") for text in option or []]
+    if any(not equals for _, equals, _ in given):
+        raise InvalidArgument(f"--option: found {option}; expected NAME=VALUE, as widths=16,32")
+    options = {key.replace("-", "_"): value.split(",") if "," in value else value for key, _, value in given}
+    loaded = load_images(data, parse_size(image_size), limit=limit, aside=None)
+    plan = Plan(epochs, seeds, images, measure or [], options, only or [])
+    found = run_report(table, loaded, runs / name / Path(data).stem, console, plan)
     console.rule(table.title)
-    typer.echo(as_markdown(table, rows))
+    typer.echo(as_markdown(table, found["rows"], found["pairs"]))
     if output:
-        document = {"report": name, "data": data, "epochs": epochs, "rows": rows}
-        write_text(output, json.dumps(document, indent=2) + "\n")
+        document = {"report": name, "data": data, "epochs": epochs, **found}
+        write_text(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def gallery(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 from rich.console import Console
 
+from covae_core.errors import InvalidArgument
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData
+from covae_train.families import find_family
 from covae_train.measures import Settings, find_measure
+from covae_train.measures.bound import importance_bounds
 from covae_train.run import TrainedRun, load_run
 from covae_train.training import Trainer
 
@@ -30,12 +33,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Report:
-    """A table: its rows, and the measures that make its columns."""
+    """A table: its rows, the measures that make its columns, and pairs of rows whose bounds are compared by images."""
 
     title: str
     arms: Sequence[Arm]
     measures: Sequence[str]
     columns: Mapping[str, str]
+    pairs: Sequence[tuple[str, str]] = ()
 
 
 SPATIAL = ("vae", "spatial-naive", "spatial-mvn", "spatial-low-rank")
@@ -71,12 +75,35 @@ NETWORKLESS_COLUMNS = {
     "lag-1 autocorrelation": "samples' lag-1",
     "seconds per epoch": "seconds in all, or per epoch",
 }
+HONEST_COLUMNS = {
+    "log-likelihood bound, K = 100": "bound, K = 100, nats",
+    "KL": "KL, nats",
+    "white": "white",
+    "white along the factor": "along the factor",
+    "lag-1 autocorrelation": "samples' lag-1",
+    "lag-1 of held-out residuals": "residuals' lag-1",
+    "RMSE of the decoded mean": "RMSE",
+    "Fréchet distance, samples": "Fréchet, samples",
+    "Fréchet distance, decoded means": "Fréchet, means",
+}
 REPORTS: dict[str, Callable[[], Report]] = {
     "spatial": lambda: Report(
         "Spatial VAE: Tables 1 and 2",
         _spatial_arms(),
         ("parzen", "reconstruction", "training-time"),
         SPATIAL_COLUMNS,
+    ),
+    "honest": lambda: Report(
+        "Likelihoods that mean something: each family for its likelihood, and as its paper has it, calibrated",
+        [
+            Arm("sos-vae", "sos-vae", {}, {}),
+            Arm("beta-vae", "beta-vae", {}, {}),
+            Arm("sos-vae, paper", "sos-vae", {"objective": "paper"}, {}),
+            Arm("beta-vae, paper", "beta-vae", {"objective": "paper"}, {}),
+        ],
+        ("bound", "calibration", "coherence", "reconstruction", "frechet"),
+        HONEST_COLUMNS,
+        [("sos-vae", "beta-vae"), ("sos-vae, paper", "beta-vae, paper")],
     ),
     "no-network": lambda: Report(
         "SOS-VAE section 4.5: the density without a network",
@@ -91,44 +118,73 @@ REPORTS: dict[str, Callable[[], Report]] = {
 }
 
 
-def run_report(
-    report: Report,
-    data: ImageData,
-    runs: Path,
-    console: Console,
-    *,
-    epochs: int,
-    seeds: int,
-    images: int,
-    measures: Sequence[str],
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Plan:
+    """What of a report is trained and measured. options: of the families, beside the arms' own; only: these arms."""
+
+    epochs: int
+    seeds: int
+    images: int
+    measures: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    only: Sequence[str] = ()
+
+
+def run_report(report: Report, data: ImageData, runs: Path, console: Console, plan: Plan) -> dict[str, Any]:
     """Train what is not there yet, seed by seed so that all rows see the same machine, and measure everything.
 
-    Returns one entry a row, with every figure of every seed.
+    Returns the rows, one entry each with every figure of every seed, and of each pair the difference of the bounds of
+    the same images, its mean and standard error, seed by seed.
+
+    Raises:
+        InvalidArgument: `only` names no arm.
     """
-    figures: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in report.arms}
-    for seed in range(seeds):
-        for arm in report.arms:
+    names = [arm.name for arm in report.arms]
+    unknown = [name for name in plan.only if name not in names]
+    if unknown:
+        raise InvalidArgument(f"--only: found {unknown[0]!r}; expected some of {', '.join(map(repr, names))}")
+    arms = [arm for arm in report.arms if not plan.only or arm.name in plan.only]
+    figures: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
+    paired: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(plan.seeds):
+        trained: dict[str, TrainedRun] = {}
+        for arm in arms:
             console.rule(f"{arm.name}, seed {seed}")
-            run = _trained(arm, data, runs / f"{arm.name.replace(', ', '-').replace(' ', '-')}-{seed}", epochs, seed)
+            folder = runs / f"{arm.name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            run = trained[arm.name] = _trained(arm, data, folder, plan, seed)
             found: dict[str, float] = {}
-            for name in measures or report.measures:
-                values = find_measure(name).compute(run, data, Settings(images=images, seed=seed))
+            for name in plan.measures or report.measures:
+                values = find_measure(name).compute(run, data, Settings(images=plan.images, seed=seed))
                 found |= {key: value.value for key, value in values.items()}
             figures[arm.name].append(found)
-            console.print(json.dumps(found), soft_wrap=True)
-    return [{"name": arm.name, "paper": dict(arm.paper), "figures": figures[arm.name]} for arm in report.arms]
+            console.print(json.dumps(found, ensure_ascii=False), soft_wrap=True)
+        for first, second in report.pairs:
+            if first in trained and second in trained:
+                difference = _difference(trained[first], trained[second], data, plan, seed)
+                paired.setdefault(f"{first} − {second}", []).append(difference)
+                console.print(f"bound of {first} − {second}: {difference[0]:,.1f} ± {difference[1]:,.1f}")
+    rows = [{"name": arm.name, "paper": dict(arm.paper), "figures": figures[arm.name]} for arm in arms]
+    return {"rows": rows, "pairs": paired}
 
 
-def _trained(arm: Arm, data: ImageData, folder: Path, epochs: int, seed: int) -> TrainedRun:
-    options = dict(arm.options)
-    if arm.family != "pca":
-        options["epochs"] = epochs
+def _difference(first: TrainedRun, second: TrainedRun, data: ImageData, plan: Plan, seed: int) -> tuple[float, float]:
+    images = data.held_out[: plan.images]
+    one, other = (importance_bounds(run, images, seed=seed)[0] for run in (first, second))
+    difference = one - other
+    return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+
+
+def _trained(arm: Arm, data: ImageData, folder: Path, plan: Plan, seed: int) -> TrainedRun:
+    fields = find_family(arm.family).options.model_fields
+    options = {"epochs": plan.epochs, **plan.options, **arm.options}
+    options = {name: value for name, value in options.items() if name in fields}
     fit_with_progress(Trainer(config_for(folder, arm.family, data, {**options, "seed": seed}), data, folder))
     return load_run(folder)
 
 
-def as_markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
+def as_markdown(
+    report: Report, rows: Sequence[Mapping[str, Any]], pairs: Mapping[str, Sequence[tuple[float, float]]]
+) -> str:
     """The table: of each figure the mean over seeds and their standard deviation, the paper's beside it.
 
     Times are medians over seeds, in units of the first row's of the same kind.
@@ -140,6 +196,9 @@ def as_markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cells = [_cell(row, key, base) for key in columns]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    for name, differences in pairs.items():
+        seeds = ", ".join(f"{value:,.1f} ± {error:,.1f}" for value, error in differences)
+        lines += ["", f"Bound of {name}, paired over images, ± standard error, seed by seed: {seeds} nats."]
     return "\n".join(lines)
 
 
@@ -150,6 +209,6 @@ def _cell(row: Mapping[str, Any], key: str, base: float) -> str:
     paper = f" (paper {row['paper'][key]})" if key in row["paper"] else ""
     if key == "seconds per epoch":
         return f"{median(values) / base:.3f}{paper}"
-    spread = f" ± {stdev(values):,.1f}" if len(values) > 1 else ""
-    digits = 3 if abs(mean(values)) < 1 else 1
-    return f"{mean(values):,.{digits}f}{spread if digits == 1 else ''}{paper}"
+    digits = 3 if abs(mean(values)) < 3 else 1
+    spread = f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):,.{digits}f}{spread}{paper}"

@@ -33,19 +33,17 @@ class Graph(nn.Module):
 
 
 def build_reference(operation: Operation, model: ImageModel, spec: ModelSpec) -> Graph:
-    """An operation as torch computes it."""
+    """An operation as torch computes it, an exact one in float64."""
     return Graph(in_float64(model) if operation.exact else model, spec, operation).eval()
 
 
-def build_graph(operation: Operation, model: ImageModel, spec: ModelSpec) -> Graph:
-    """An operation as it is exported: the reference, or what ONNX Runtime can run in its place.
+def build_graph(operation: Operation, model: ImageModel, spec: ModelSpec, *, float64: bool = False) -> Graph:
+    """An operation as it is exported; float64: with the whole network in float64, in forms that ONNX Runtime has.
 
     Raises:
         ExportError: the model has a layer of a kind that has no float64 form.
     """
-    if not operation.exact:
-        return build_reference(operation, model, spec)
-    return Graph(runnable_in_float64(model), spec, operation).eval()
+    return Graph(runnable_in_float64(model) if float64 else model, spec, operation).eval()
 
 
 @torch.no_grad()
@@ -58,9 +56,9 @@ def describe(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpe
 def _described(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpec:
     model = run.model
     density, larger = (model.density(_zeros(model, rows), rows) for rows in (2, 3))
-    two, three = _shapes(density), _shapes(larger)
-    # What differs between two rows and three has a batch axis; the rest is shared by all rows.
-    parameters = {name: shape if shape == three[name] else shape[1:] for name, shape in two.items()}
+    scoring, larger_scoring = (model.scoring_density(_zeros(model, rows), rows) for rows in (2, 3))
+    parameters = _row_shapes(density, larger)
+    own = _row_shapes(scoring, larger_scoring)
     height, width, channels = run.config.image_shape
     images = torch.zeros(2, channels, height, width, dtype=model.dtype)
     posteriors = model.posteriors(images) if model.encodes else {}
@@ -76,11 +74,18 @@ def _described(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelS
         priors={name: model.prior(name).kind for name in model.latents},
         density=density.kind,
         density_parameters=parameters,
+        scoring_parameters={
+            name: shape
+            for name, shape in own.items()
+            if shape != parameters[name] or not torch.equal(scoring.parameters[name], density.parameters[name])
+        },
         operations=tuple(operation.name for operation in OPERATIONS.values() if operation.needs <= can),
         score_samples=score_samples if model.latents else 1,
         draw_samples=draw_samples,
         run_id=run.run_id,
         run_digest=run.digest,
+        data=run.config.data,
+        calibration=run.calibration,
     )
 
 
@@ -88,5 +93,10 @@ def _zeros(model: ImageModel, rows: int) -> dict[str, Tensor]:
     return {name: torch.zeros(rows, *shape, dtype=model.dtype) for name, shape in model.latents.items()}
 
 
-def _shapes(density: Density) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in density.parameters.items()}
+def _row_shapes(two: Density, three: Density) -> dict[str, tuple[int, ...]]:
+    """Shapes of a density's parameters, from two rows and three: what differs between them has a batch axis."""
+    shapes = {}
+    for name, value in two.parameters.items():
+        shape = tuple(value.shape)
+        shapes[name] = shape if shape == tuple(three.parameters[name].shape) else shape[1:]
+    return shapes

@@ -33,11 +33,13 @@ SPEC = ModelSpec(
     priors={"latent": "standard-normal"},
     density="low-rank-normal",
     density_parameters={"mean": (3, 6, 5), "factor": (2, 3, 6, 5), "variance": (3, 6, 5)},
+    scoring_parameters={},
     operations=tuple(OPERATIONS),
     score_samples=8,
     draw_samples=3,
     run_id="run-1",
     run_digest="0123abcd",
+    data="toy",
 )
 MAX_BATCH = 8
 
@@ -156,6 +158,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         noise = standard_normal(seeds[:, 0], self.spec.score_samples, Stream.POSTERIOR)
         weights = inputs["image"].mean(axis=(1, 2, 3))[:, None] + noise.astype(np.float64)
         return dict.fromkeys((tensor.name for tensor in OPERATIONS["score"].outputs(self.spec)), weights)
+
+    def _surprise(self, inputs):
+        image = inputs["image"]
+        map_ = np.moveaxis(image.astype(np.float32) / 255 - 0.5, -1, 1)
+        mean = image.mean(axis=(1, 2, 3))[:, None]
+        return {"surprise": map_, "residual": mean, "log_determinant": -mean, "latent": 0.1 * mean}
 
 
 class Running:

@@ -173,8 +173,8 @@ def test_an_operation_that_is_not_served_is_not_found(triton, client):
     for operation in ("score", "encode"):
         del triton.operations[served_names("toy")[operation]]
     model = client.model("toy")
-    assert model.operations == ("decode", "sample", "draw", "condition")
-    with pytest.raises(errors.NotFound, match="'score', only decode, sample, draw, condition"):
+    assert model.operations == ("decode", "sample", "draw", "condition", "surprise")
+    with pytest.raises(errors.NotFound, match="'score', only decode, sample, draw, condition, surprise"):
         model.score(np.zeros((6, 5, 3), np.uint8))
 
 
@@ -199,7 +199,7 @@ def test_an_operation_of_another_run_is_not_taken_for_the_missing_one(triton, cl
 
 def test_operations_of_different_runs_are_refused(triton, client):
     triton.digests["toy_score"] = "another"
-    with pytest.raises(errors.ServerFault, match=r"different training runs \(decode 0123abcd, .*score another\)"):
+    with pytest.raises(errors.ServerFault, match=r"different training runs \(decode 0123abcd, .*score another, surprise 0123abcd\)"):
         client.model("toy")
 
 
@@ -212,7 +212,7 @@ def test_another_contract_version_is_refused(triton, client):
 def test_models_lists_what_is_served_where_the_server_allows_it(triton, client):
     triton.list_allowed = True
     del triton.operations["toy_score"]
-    assert client.models() == {"toy": ("decode", "encode", "sample", "draw", "condition")}
+    assert client.models() == {"toy": ("decode", "encode", "sample", "draw", "condition", "surprise")}
 
 
 def test_models_says_what_to_do_where_the_server_refuses(client):

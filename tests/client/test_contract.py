@@ -16,11 +16,13 @@ SPEC = ModelSpec(
     priors={"latent": "standard-normal", "pose": "learned"},
     density="low-rank-normal",
     density_parameters={"mean": (3, 64, 48), "factor": (25, 3, 64, 48), "variance": (3, 64, 48)},
+    scoring_parameters={},
     operations=tuple(OPERATIONS),
     score_samples=16,
     draw_samples=8,
     run_id="a run, “quoted”",
     run_digest="ff00",
+    data="toy",
 )
 ALONE = replace(SPEC, latents={}, posteriors={}, priors={}, operations=("sample", "draw", "condition", "score"))
 

@@ -100,7 +100,7 @@ def test_an_images_score_does_not_depend_on_its_batch(num_samples, model, images
     whole = model.score(images, num_samples=num_samples, seed=3)
     assert (len(whole), whole.num_samples) == (11, num_samples)
     for index in (0, 6, 10):
-        one = model.score(images[index], num_samples=num_samples, seed=3, indices=[index])
+        one = model.score(images[index], num_samples=num_samples, seed=3)
         for name in ("log_likelihood_bound", "standard_error", "elbo", "bits_per_dim", "effective_sample_size"):
             np.testing.assert_array_equal(getattr(one, name), getattr(whole, name)[[index]])
     # The toy's log-weights are N(mean of the image, 1), whose log-mean is that mean and a half.
@@ -160,8 +160,6 @@ WRONG_CALLS = {
     "latent 3, mask 2, pixels 1": lambda model: model.condition(np.zeros((3, 4)), np.stack([MASK] * 2), IMAGE),
     "num_samples: found 0": lambda model: model.score(IMAGE, num_samples=0),
     "num_samples: found 32769": lambda model: model.score(IMAGE, num_samples=8 * 4096 + 1),
-    "indices: found 2 of them, expected one per image, 1": lambda model: model.score(IMAGE, indices=[0, 1]),
-    "indices: found 1048576": lambda model: model.score(IMAGE, indices=[2**20]),
 }
 
 

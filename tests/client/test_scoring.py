@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from covae_client.commands import FEW_WEIGHTS, FileScore, print_scores, write_json
+from covae_client.scored_files import FEW_WEIGHTS, FileScore, print_scores, write_json
 from covae_client.scoring import summarise
 
 SIZE = 6 * 5 * 3
@@ -73,6 +73,7 @@ def test_an_exact_score_is_not_called_a_loose_bound(exact, tmp_path, capsys):
     print_scores([row])
     said = " ".join(capsys.readouterr().out.split())
     assert (FEW_WEIGHTS[:40] in said) == (not exact)
-    assert ("–" in said) == (not exact)
+    # No p-value and no part without a calibration; no error of few weights.
+    assert said.count(" –") == (2 if exact else 3)
     write_json(tmp_path / "scores.json", [row], name="toy", num_samples=100, seed=0)
     assert json.loads((tmp_path / "scores.json").read_text())["num_samples"] == (1 if exact else 100)

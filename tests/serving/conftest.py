@@ -35,11 +35,13 @@ TOY = ModelSpec(
     priors={"latent": "standard-normal"},
     density="diagonal",
     density_parameters={"mean": (1, 2, 2), "variance": (1, 1, 1)},
+    scoring_parameters={},
     operations=("decode", "sample", "score"),
     score_samples=1,
     draw_samples=1,
     run_id="toy",
     run_digest="0" * 64,
+    data="toy",
 )
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FEW_IMAGES = 100
 # Above this side training uses all cores; below, threads that wait for each other cost more than they do.
 ONE_THREAD_SIDE = 32
+# A KL further than this share of its target from it is said to be so.
+KL_SLACK = 0.15
 # After so many steps the time that is left can be told.
 TIMED_STEPS = 20
 
@@ -85,6 +87,10 @@ def _common(
         typer.Option(help="the column of images, of a parquet file  [image, img or the only one]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="train on the first so many images  [all]")] = None,
+    aside: Annotated[
+        int | None,
+        typer.Option(min=0, help="keep so many training images back, to calibrate scores on  [a sixth, at most 3000]"),
+    ] = None,
     flips: Annotated[
         bool | None, typer.Option(help="mirror training images  [where the data set makes sense of it]")
     ] = None,
@@ -175,6 +181,7 @@ def run_training(
     channels: int | None,
     column: str | None,
     limit: int | None,
+    aside: int | None,
     flips: bool | None,
     seed: int | None,
     threads: int | None,
@@ -193,7 +200,8 @@ def run_training(
         found = load_config(folder)
         size, channels = size or found.image_shape[:2], channels or found.image_shape[2]
         column, limit = column or found.column, limit or found.limit
-    images = load_images(data, size, channels, column=column, limit=limit)
+        aside = found.aside if aside is None else aside
+    images = load_images(data, size, channels, column=column, limit=limit, aside=aside)
     named = {"flips": flips, "seed": seed}
     given = options | {name: value for name, value in named.items() if value is not None}
     config = config_for(folder, family, images, given)
@@ -213,6 +221,7 @@ def config_for(folder: Path, family: str, images: ImageData, given: dict[str, An
 
     fixed: dict[str, Any] = {"family": family, "data": images.name, "image_shape": images.image_shape}
     fixed |= {"limit": images.limit, "column": images.column}
+    fixed["aside"] = 0 if images.aside is None else len(images.aside)
     kept: dict[str, Any] = {"flips": images.flips}
     if has_run(folder):
         found = load_config(folder)
@@ -222,16 +231,21 @@ def config_for(folder: Path, family: str, images: ImageData, given: dict[str, An
 
 
 def fit_with_progress(trainer: Trainer) -> None:
-    """Train to the end behind a progress bar that shows the bound, its terms and the multipliers."""
+    """Train to the end behind a progress bar that shows the bound, its terms and the multipliers; then calibrate."""
+    from collections import deque
+
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
+    from covae_train.calibration import CALIBRATION_FILE
     from covae_train.training import StepReport
 
     console = Console()
     if trainer.finished:
         console.print(f"{trainer.folder}: already trained for {_epochs(trainer.epochs)}")
+        if not (trainer.folder / CALIBRATION_FILE).exists():
+            calibrate_run(trainer.folder, trainer.data, None, console)
         return
     _print_header(trainer, console)
     columns = (
@@ -243,13 +257,16 @@ def fit_with_progress(trainer: Trainer) -> None:
     )
     every = max(1, trainer.epochs // 10)
     first, began = trainer.step, trainer.seconds
+    target, kls = kl_target(trainer), deque[float](maxlen=trainer.steps_per_epoch)
     with Progress(*columns, console=console, expand=True, disable=not trainer.total_steps) as progress:
         task = progress.add_task("training", total=trainer.total_steps, completed=trainer.step, terms="")
 
         def show(report: StepReport) -> None:
-            multipliers = " ".join(f"λ_{name} {value:,.0f}" for name, value in report.multipliers.items())
-            terms = f"bound {report.bound:,.0f} KL {report.kl:.1f} entropy {report.entropy:,.1f} {multipliers}"
+            multipliers = " ".join(f"λ_{name} {value:,.3g}" for name, value in report.multipliers.items())
+            kl = f"KL {report.kl:.1f}" + (f" of {target:g}" if target else "")
+            terms = f"bound {report.bound:,.0f} {kl} entropy {report.entropy:,.1f} {multipliers}"
             description = f"epoch {report.epoch + 1}/{trainer.epochs} ({report.phase})"
+            kls.append(report.kl)
             progress.update(task, completed=report.step, description=description, terms=terms)
             if report.step - first == TIMED_STEPS:
                 left = (trainer.total_steps - report.step) * (report.seconds - began) / TIMED_STEPS
@@ -261,6 +278,63 @@ def fit_with_progress(trainer: Trainer) -> None:
         trainer.fit(show)
     what = f"trained for {_epochs(trainer.epochs)}" if trainer.epochs else "fitted"
     console.print(f"{trainer.folder}: {what} in {trainer.seconds:,.0f} s")
+    if target and kls and abs(sum(kls) / len(kls) - target) > KL_SLACK * target:
+        console.print(
+            f"[yellow]warning:[/] the KL was {sum(kls) / len(kls):.1f} nats in the last epoch, its target is "
+            f"{target:g}: train longer (--epochs), or change --target-kl, --damping or --multiplier-lr",
+            soft_wrap=True,
+        )
+    calibrate_run(trainer.folder, trainer.data, None, console)
+
+
+def kl_target(trainer: Trainer) -> float | None:
+    """What the KL is held at, if it is."""
+    return next((item.target for item in trainer.multipliers.constraints if item.name == "kl"), None)
+
+
+def calibrate_run(folder: Path, data: ImageData | None, limit: int | None, console: Console) -> None:
+    """Calibrate a trained run on images that it was not trained on, and keep that in its folder.
+
+    data: the images that it was trained on, with those kept aside, or None to read them.
+
+    Raises:
+        DataError: there are no such images and `data` is None, else a note says so.
+    """
+    from covae_train.calibration import FEWEST, calibrate_model, save_calibration, unseen_images
+    from covae_train.data import images_of
+    from covae_train.run import load_run
+
+    if data is not None and (data.aside is None or len(data.aside) < FEWEST):
+        console.print(
+            f"[yellow]note:[/] fewer than {FEWEST} images were kept aside, so scores have no p-values; "
+            f"`covae calibrate {folder}` finds other images that no step has seen",
+            soft_wrap=True,
+        )
+        return
+    run = load_run(folder, calibrated=False)
+    what, images = unseen_images(data or images_of(run.config), limit)
+    found = calibrate_model(run.model, images, run.config.data, run.digest, run.config.seed)
+    save_calibration(folder, found)
+    fitted = "" if found.spread is None else f"a variance fitted to {len(images) - found.scores.images:,} images, "
+    console.print(
+        f"{folder}: calibrated on images {what}: {fitted}{found.scores.images:,} scored: p-values down to "
+        f"1/{found.scores.images + 1:,}",
+        soft_wrap=True,
+    )
+
+
+def calibrate(
+    runs: Annotated[list[Path], typer.Argument(help="folders of trained runs")],
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+) -> None:
+    """Make old runs' scores honest, without training: fit a variance to unseen images, and score others of them."""
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_train.run import load_config
+
+    for folder in runs:
+        calibrate_run(folder, None, load_config(folder).limit, Console())
 
 
 def _print_header(trainer: Trainer, console: Console) -> None:

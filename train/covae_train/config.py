@@ -36,7 +36,10 @@ class TrainedOptions(Options):
 
 
 class RunConfig(BaseModel):
-    """What a run is made from. image_shape: (H, W, C); limit, column: as `covae_train.data.load_images` was told."""
+    """What a run is made from. image_shape: (H, W, C); limit, column, aside: as `load_images` was told.
+
+    A run of a version that kept no images aside has none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +48,7 @@ class RunConfig(BaseModel):
     image_shape: ImageShape
     limit: int | None = None
     column: str | None = None
+    aside: int = Field(default=0, ge=0)
     flips: bool = False
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     options: SerializeAsAny[Options]

@@ -23,6 +23,8 @@ from covae_train.config import RunConfig
 from covae_train.errors import DataError
 
 MIN_SIZE, MAX_SIZE = 8, 256
+# Of the images that are kept from training by default, a third fits variances, the rest calibrates scores.
+MAX_ASIDE = 3000
 # A folder's splits, by the lower-case names of its subfolders.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "val": "validation", "valid": "validation"}
 SPLIT_FOLDERS |= {"validation": "validation"}
@@ -36,9 +38,9 @@ Named = Iterable[tuple[str, Image.Image]]
 
 @dataclass(frozen=True)
 class Source:
-    """A named data set: where the hub has it, and what makes sense for its images."""
+    """A named data set: where the hub has it, if it does, and what makes sense for its images."""
 
-    hub: str
+    hub: str | None
     folder: str
     flips: bool
     image_size: tuple[int, int] | None = None
@@ -50,6 +52,7 @@ SOURCES = {
     "cifar10": Source("uoft-cs/cifar10", "cifar10", flips=True),
     "celeba": Source("flwrlabs/celeba", "celeba", flips=True, image_size=(64, 64)),
     "celeba-gray": Source("flwrlabs/celeba", "celeba", flips=True, image_size=(64, 64), channels=1),
+    "cells": Source(None, "cells", flips=True, image_size=(64, 64), channels=1),
     "lsun-church": Source("tglcourse/lsun_church_train", "lsun-church", flips=True, image_size=(64, 64)),
 }
 
@@ -58,8 +61,8 @@ SOURCES = {
 class ImageData:
     """Training and held-out images, uint8, and validation images if the data has a split of them beside `test`.
 
-    shape of each: (N, C, H, W). flips: mirrored images make sense. notes: what was left out, for people. limit, column:
-    as `load_images` was told.
+    shape of each: (N, C, H, W). aside: training images that no step sees: a run's scores are calibrated on them. flips:
+    mirrored images make sense. notes: what was left out, for people. limit, column: as `load_images` was told.
     """
 
     name: str
@@ -70,6 +73,7 @@ class ImageData:
     notes: tuple[str, ...] = ()
     limit: int | None = None
     column: str | None = None
+    aside: Tensor | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -92,6 +96,7 @@ def load_images(
     *,
     column: str | None = None,
     limit: int | None = None,
+    aside: int | None = 0,
 ) -> ImageData:
     """Read a data set whole.
 
@@ -105,6 +110,8 @@ def load_images(
         channels: 1 (grey) or 3 (RGB); by default 1 if every image is grey.
         column: of a parquet file, the column of images; by default `image` or `img`, or the only one there is.
         limit: train on the first so many images.
+        aside: so many images of the training split, chosen by a fixed seed, are kept from training; None: a sixth of
+            them, at most MAX_ASIDE.
 
     Raises:
         DataError: unknown name, nothing there, a corrupt image, images of unequal or unsupported size.
@@ -120,7 +127,19 @@ def load_images(
         channels = channels or (source.channels if source else None)
         splits = _splits(data, source, column)
         images = _read(data, splits, image_size, channels, source.flips if source else False)
-    return replace(images, train=images.train[:limit], limit=limit, column=column)
+    kept, back = _set_aside(data, images.train, aside)
+    return replace(images, train=kept[:limit], limit=limit, column=column, aside=back)
+
+
+def _set_aside(data: str, images: Tensor, aside: int | None) -> tuple[Tensor, Tensor | None]:
+    count = min(MAX_ASIDE, len(images) // 6) if aside is None else aside
+    if count > len(images) - 2:
+        raise DataError(f"--aside: found {count}; {data} has {len(images)} training images, expected 2 of them to stay")
+    if not count:
+        return images, None
+    back = torch.zeros(len(images), dtype=torch.bool)
+    back[torch.from_numpy(np.random.default_rng(1).permutation(len(images))[:count])] = True
+    return images[~back], images[back]
 
 
 def images_of(config: RunConfig) -> ImageData:
@@ -130,7 +149,44 @@ def images_of(config: RunConfig) -> ImageData:
         DataError: as load_images.
     """
     height, width, channels = config.image_shape
-    return load_images(config.data, (height, width), channels, column=config.column)
+    return load_images(config.data, (height, width), channels, column=config.column, aside=config.aside)
+
+
+def labels_of(
+    data: str, image_shape: tuple[int, int, int], column: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images with their labels, held-out images with theirs: uint8 (N, C, H, W) and int64 (N,).
+
+    Of `digits`, and of data in parquet files with a column `label` of whole numbers.
+
+    Raises:
+        DataError: as load_images, or there are no labels.
+    """
+    height, width, channels = image_shape
+    images = load_images(data, (height, width), channels, column=column)
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        labels = torch.from_numpy(load_digits().target)
+        return images.train, labels[:1500], images.held_out, labels[1500:]
+    source, root = SOURCES.get(data), os.environ.get("COVAE_DATA")
+    found = []
+    for split, part in (("train", images.train), ("test", images.held_out)):
+        path = Path(root or ".", source.folder if source else "", f"{split}.parquet")
+        found += [part, _labels(data, path, len(part))]
+    return found[0], found[1], found[2], found[3]
+
+
+def _labels(data: str, path: Path, count: int) -> Tensor:
+    import pyarrow.parquet as parquet
+
+    if not path.is_file() or "label" not in parquet.read_schema(path).names:  # type: ignore[no-untyped-call]
+        raise DataError(f"{data}: found no labels; expected {path} with a column `label` of whole numbers")
+    table = parquet.read_table(path, columns=["label"])  # type: ignore[no-untyped-call]
+    labels = torch.from_numpy(table.column(0).to_numpy().astype(np.int64))
+    if len(labels) != count:
+        raise DataError(f"{path}: found {len(labels)} labels of {count} images; expected one for each")
+    return labels
 
 
 def _fit_digits(image_size: tuple[int, int] | None, channels: int | None) -> ImageData:
@@ -232,6 +288,8 @@ def _listed(folders: Sequence[Path]) -> Split:
     files, others = [], []
     for folder in folders:
         listing = list_images(folder)
+        if listing.unreadable:
+            raise listing.unreadable[0]
         files += listing.images
         others += listing.others
     if not files:
@@ -321,6 +379,8 @@ def _hub(data: str, source: Source, column: str | None) -> dict[str, Split]:
     """A named set from the Hugging Face hub, or from its cache."""
     import datasets
 
+    if source.hub is None:
+        raise DataError(f"{data}: the hub has it not; set COVAE_DATA to a folder with {source.folder}/train.parquet")
     datasets.disable_progress_bars()
     try:
         loaded = datasets.load_dataset(source.hub)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import chain
+from math import expm1, log
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from covae_train.priors import Prior, StandardNormal
 # SOS-VAE's head initialisation: the first mean is mid-grey, the first factor next to nothing.
 HEAD_WEIGHT_STD = 1e-5
 MEAN_BIAS = 0.5
+# The least learned variance of a pixel in [0, 1], near that of one grey level: (1/255)² is 1.5e-5.
+FLOOR = 1e-5
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -70,7 +73,12 @@ class ImageModel(nn.Module, ABC):
 
     @abstractmethod
     def density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:
-        """p(x|z) of latents (B, *shape) by name; `rows` is B, which a model without latents cannot know otherwise."""
+        """p(x|z) to draw with, of latents (B, *shape) by name; `rows` is B, which a model without latents cannot know
+        otherwise."""
+
+    def scoring_density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:
+        """p(x|z) to score with; the same, unless a model has a variance of its own for it."""
+        return self.density(latents, rows)
 
 
 class DensityHead(nn.Module, ABC):
@@ -78,7 +86,36 @@ class DensityHead(nn.Module, ABC):
 
     @abstractmethod
     def density(self, features: Tensor) -> Density:
-        """The whole density."""
+        """The density to draw with."""
+
+    def scoring_density(self, features: Tensor) -> Density:
+        """The density to score with; the same, unless a head has a variance of its own for it."""
+        return self.density(features)
+
+
+class FittedSpread(nn.Module):
+    """The spread of a scoring density, fitted to images that nothing was trained on (`covae_train.calibration`).
+
+    Of the head's it keeps the mean; its factor's columns, if it has one, are scaled, each by its own, and its variance
+    becomes softplus(1×1 convolution of the features) + floor.
+    """
+
+    floor: Tensor
+
+    def __init__(self, in_width: int, channels: int, rank: int, floor: float = FLOOR) -> None:
+        super().__init__()
+        self.register_buffer("floor", torch.tensor(floor))
+        self.variance = nn.Conv2d(in_width, channels, 1)
+        self.log_scales = nn.Parameter(torch.zeros(rank))
+        self.softplus = nn.Softplus()
+
+    def of(self, density: Density, features: Tensor) -> Density:
+        """The density to score with, of the head's and the features it was made from."""
+        parameters = density.parameters
+        parameters["variance"] = self.softplus(self.variance(features)) + self.floor
+        if len(self.log_scales):
+            parameters["factor"] = parameters["factor"] * self.log_scales.exp()[:, None, None, None]
+        return type(density)(**parameters, check=False)  # type: ignore[call-arg]
 
 
 class Vae(ImageModel):
@@ -98,6 +135,7 @@ class Vae(ImageModel):
     ) -> None:
         super().__init__({"latent": latent_shape})
         self.encoder, self.decoder, self.head = encoder, decoder, head
+        self.spread: FittedSpread | None = None
 
     def posteriors(self, images: Tensor) -> Mapping[str, NormalPosterior]:
         """q(z|x) of images (B, C, H, W) in [0, 1]."""
@@ -106,6 +144,12 @@ class Vae(ImageModel):
     def density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:
         """p(x|z) of latents (B, *latent_shape)."""
         return self.head.density(self.features(latents))
+
+    def scoring_density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:
+        """p(x|z) to score with: of the spread that was fitted to unseen images, else the head's."""
+        features = self.features(latents)
+        density = self.head.scoring_density(features)
+        return density if self.spread is None else self.spread.of(density, features)
 
     def features(self, latents: Mapping[str, Tensor]) -> Tensor:
         """The decoder's last feature maps. shape: (B, F, H, W)"""
@@ -123,16 +167,25 @@ def pointwise_head(in_width: int, out_width: int, bias: float) -> nn.Conv2d:
 
 
 class MeanFirstHead(DensityHead):
-    """A head whose mean can be trained before its spread: a 1×1 convolution, and a constant variance meanwhile.
+    """A head whose mean can be trained before its spread: 1×1 convolutions, and a constant variance meanwhile.
 
     Args:
         mean_variance: the variance of every pixel while only the mean is trained
+        floor: of a learned variance, softplus(1×1 convolution) + floor, at first both floor; None: there is none
     """
 
-    def __init__(self, in_width: int, channels: int, mean_variance: float) -> None:
+    def __init__(self, in_width: int, channels: int, mean_variance: float, floor: float | None) -> None:
         super().__init__()
         self.mean = pointwise_head(in_width, channels, MEAN_BIAS)
-        self.mean_variance = mean_variance
+        self.variance = None if floor is None else pointwise_head(in_width, channels, log(expm1(floor)))
+        self.softplus = nn.Softplus()
+        self.mean_variance, self.floor = mean_variance, floor
+
+    def variances(self, features: Tensor) -> Tensor:
+        """The learned variance of every pixel. shape: (B, C, H, W)"""
+        assert self.variance is not None
+        variances: Tensor = self.softplus(self.variance(features)) + self.floor
+        return variances
 
     def density_around(self, mean: Tensor) -> DiagonalNormal:
         """N(mean, mean_variance · I). mean: (B, C, H, W)"""

@@ -1,13 +1,79 @@
-"""Losses of models whose mean is trained first: SOS-VAE's two phases."""
+"""Models whose mean is trained before their spread: SOS-VAE's two phases, and the same for the likelihood alone."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
-from covae_core.densities import HasEntropy
-from covae_train.image_model import MeanFirstHead, Vae
-from covae_train.objective import Batch, Terms, encoded
-from covae_train.phases import Loss
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from covae_core.densities import DiagonalNormal, HasEntropy
+from covae_train.config import ImageShape, RunConfig
+from covae_train.families import Constraints
+from covae_train.heads import CLIP
+from covae_train.image_model import FLOOR, MeanFirstHead, Vae
+from covae_train.networks.residual import ResidualOptions
+from covae_train.objective import Batch, Constraint, Terms, encoded
+from covae_train.phases import Begin, Loss, Phase, TrainingImages
+
+# Of the likelihood's constraints: the multipliers' learning rate and damping, and the violations' momentum. The paper's
+# damping, times its D over the variance that a mean leaves, is a thousand times weaker than its 250.
+MULTIPLIER_LR, DAMPING, MOMENTUM = 0.05, 0.5, 0.9
+# The least variances by the image's longer side. The smallest are the digits' kind: 17 grey levels, whose rounding has
+# a variance of 3e-4; then drawings on an even ground, which a byte's rounding, 1.3e-6, describes; above, FLOOR.
+FLOORS = ((16, 3e-4), (32, 1e-6))
+# From this image size on they count in full.
+FULL_SIZE = 784
+# The share of the learning rate that is left when a likelihood has been trained.
+DECAY = 0.01
+# At most so many training images are shown to a spread before it begins.
+START_IMAGES = 1000
+
+Objective = Literal["likelihood", "paper"]
+Hold = Literal["none", "joint", "apart"]
+
+
+def _paper_or(paper: float, likelihood: float) -> Callable[[dict[str, Any]], float]:
+    return lambda given: paper if given.get("objective") == "paper" else likelihood
+
+
+class ObjectiveOptions(ResidualOptions):
+    """Of a family that is trained for its likelihood, or as its paper has it.
+
+    A run of a version that had the paper's objective alone says nothing of it, so that is the field's own default; the
+    families' is the likelihood.
+    """
+
+    objective: Objective = Field("paper", description="likelihood, all variances learned; or the paper's")
+    floor: PositiveFloat = Field(FLOOR, description="of the likelihood, the least learned variance of a pixel")
+    multiplier_lr: PositiveFloat = Field(
+        default_factory=_paper_or(25.0, MULTIPLIER_LR),
+        description=f"the multipliers' learning rate  [{MULTIPLIER_LR:g}, paper: 25]",
+    )
+    damping: float = Field(
+        default_factory=_paper_or(250.0, DAMPING),
+        ge=0,
+        description=f"of the constraints, per nat per image  [{DAMPING:g}, paper: 250]",
+    )
+
+    def held(self, config: RunConfig, items: Sequence[Constraint]) -> Constraints:
+        """Terms held at targets, as the objective holds them.
+
+        The likelihood's multipliers are in true proportion to the image's: smaller images, smaller steps.
+        """
+        if self.objective == "paper":
+            return Constraints(items, self.damping, self.multiplier_lr)
+        scale = min(1.0, config.image_size / FULL_SIZE)
+        return Constraints(items, scale * self.damping, scale * self.multiplier_lr, MOMENTUM)
+
+
+def objective_defaults(image_shape: ImageShape) -> dict[str, Any]:
+    """The likelihood; the least variance is that of the digits' 17 grey levels up to 16×16, near a byte's above."""
+    side = max(image_shape[:2])
+    floor = next((value for limit, value in FLOORS if side <= limit), FLOOR)
+    return {"objective": "likelihood", "floor": floor}
 
 
 def _head(model: Vae) -> MeanFirstHead:
@@ -15,11 +81,24 @@ def _head(model: Vae) -> MeanFirstHead:
     return model.head
 
 
+def likeliest_around(mean: Tensor, images: Tensor) -> DiagonalNormal:
+    """N(mean, σ² I) with the σ² that is likeliest for the batch (σ-VAE, Rybkin et al. 2021); no gradient through it."""
+    return DiagonalNormal(mean, (images - mean).detach().square().mean(), check=False)
+
+
 def mean_alone(model: Vae, batch: Batch) -> Terms:
     """−log N(x; μ, ε I): the density's spread is a constant, so nothing but the mean is trained."""
+    return _of_mean(model, batch, lambda mean: _head(model).density_around(mean))
+
+
+def likeliest_mean(model: Vae, batch: Batch) -> Terms:
+    """−log N(x; μ, σ² I), σ² the likeliest: the mean alone, and the KL in true proportion."""
+    return _of_mean(model, batch, lambda mean: likeliest_around(mean, batch.images))
+
+
+def _of_mean(model: Vae, batch: Batch, around: Callable[[Tensor], DiagonalNormal]) -> Terms:
     latents, kl = encoded(model, batch)
-    head = _head(model)
-    density = head.density_around(head.mean(model.features(latents)))
+    density = around(_head(model).mean(model.features(latents)))
     log_prob = density.log_prob(batch.images)
     return Terms(-log_prob.mean(), log_prob, kl, density.entropy())
 
@@ -43,3 +122,64 @@ def everything(mean_share: float = 0.0) -> Loss:
         return Terms(-(log_prob + hold).mean(), log_prob, kl, density.entropy())
 
     return loss
+
+
+def likelihood(hold: Hold = "none") -> Loss:
+    """−log p(x|z) of independent pixels with a learned variance, and what holds the mean.
+
+    none: nothing, a β-VAE's loss. joint: −log N(x; μ, σ² I) beside it, as a density alone gives up the pixels that a
+    large variance explains, and means become blobs. apart: that alone trains the mean, a constant in p(x|z).
+    """
+
+    def loss(model: Vae, batch: Batch) -> Terms:
+        latents, kl = encoded(model, batch)
+        head, features = _head(model), model.features(latents)
+        mean = head.mean(features)
+        around = mean.detach() if hold == "apart" else mean
+        density = DiagonalNormal(around, head.variances(features), check=False)
+        log_prob = density.log_prob(batch.images)
+        held = torch.zeros(()) if hold == "none" else likeliest_around(mean, batch.images).log_prob(batch.images)
+        return Terms(-(log_prob + held).mean(), log_prob, kl, density.entropy())
+
+    return loss
+
+
+def begin_at_likeliest(model: Vae, training: TrainingImages) -> None:
+    """The variance begins as the likeliest one that is the same for every pixel."""
+    head, squares = _head(model), []
+    for features, images in shown(model, training, START_IMAGES):
+        squares.append((images - head.mean(features)).square().mean())
+    assert isinstance(head.variance, nn.Conv2d)
+    start_variance(head.variance, float(torch.stack(squares).mean()))
+
+
+def shown(model: Vae, training: TrainingImages, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features at draws from the posteriors, and the images, of some training images, in batches."""
+    for batch in training.batches(limit):
+        latent = model.posteriors(batch.images)["latent"].draw(batch.noise["latent"])
+        yield model.features({"latent": latent}), batch.images
+
+
+def start_variance(layer: nn.Conv2d, variance: float) -> None:
+    """A head whose softplus is one variance everywhere, to begin with."""
+    assert layer.bias is not None
+    layer.weight.zero_()
+    layer.bias.fill_(variance).expm1_().log_()
+
+
+def paper_phases(options: ResidualOptions, mean_share: float = 0.0, begin: Begin | None = None) -> list[Phase]:
+    """The paper's: the mean alone, then everything."""
+    rest = options.epochs - options.mean_epochs
+    return [
+        Phase("mean", options.mean_epochs, options.mean_learning_rate, mean_alone, usable=False),
+        Phase("all", rest, options.learning_rate, everything(mean_share), begin=begin),
+    ]
+
+
+def likelihood_phases(options: ResidualOptions, loss: Loss) -> list[Phase]:
+    """The mean alone, at its likeliest variance; then a variance for each pixel, with a falling learning rate."""
+    rest = options.epochs - options.mean_epochs
+    return [
+        Phase("mean", options.mean_epochs, options.mean_learning_rate, likeliest_mean, usable=False),
+        Phase("all", rest, options.learning_rate, loss, begin=begin_at_likeliest, decay=DECAY, clip=CLIP),
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import cos, pi
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -24,14 +25,17 @@ class TrainingImages(Protocol):
         """All images once, in their order, (B, C, H, W) in [0, 1] each."""
 
 
+Begin = Callable[[Any, TrainingImages], None]
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training.
 
     name: for the progress bar and messages. epochs: 0 for a phase that is done once it has begun, as a closed-form fit
-    is. learning_rate: Adam's. loss: what is descended. trains: the parameters that learn; None: all. begin: what
-    happens before its first step, without gradients. usable: whether a model in this phase may be evaluated and
-    exported.
+    is. learning_rate: Adam's; decay: the share of it that half a cosine leaves. loss: what is descended. trains: the
+    parameters that learn; None: all. clip: the largest norm of a gradient, per number of an image. begin: what happens
+    before its first step, without gradients. usable: whether a model in this phase may be evaluated and exported.
     """
 
     name: str
@@ -39,8 +43,14 @@ class Phase:
     learning_rate: float = 0.0
     loss: Loss | None = None
     trains: Callable[[Any], Iterable[nn.Parameter]] | None = None
-    begin: Callable[[Any, TrainingImages], None] | None = None
+    begin: Begin | None = None
     usable: bool = True
+    decay: float = 1.0
+    clip: float | None = None
+
+    def rate(self, progress: float) -> float:
+        """The learning rate once a share `progress` of the phase's steps is done."""
+        return self.learning_rate * (self.decay + (1 - self.decay) * 0.5 * (1 + cos(pi * progress)))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 config.json              the frozen configuration
 checkpoint.safetensors   model, optimisers, multipliers, random state; step, phase and times in its header
+calibration.safetensors  the spread that scores, and the scores of unseen images (`covae_train.calibration`)
 metrics.csv              one row each few steps
 tensorboard/             the same for TensorBoard
 """
@@ -20,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from covae_core.calibration import Calibration
 from covae_core.errors import InvalidArgument
+from covae_train.calibration import load_calibration
 from covae_train.config import RunConfig
 from covae_train.errors import CheckpointError
 from covae_train.families import Family, build_model, find_family
-from covae_train.image_model import ImageModel
+from covae_train.image_model import ImageModel, Vae
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -125,13 +128,16 @@ def load_config(folder: Path) -> RunConfig:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run as evaluation and export see it: `model` is in evaluation mode; `digest` is the checkpoint's SHA-256."""
+    """A run as evaluation and export see it: `model` is in evaluation mode; `digest` is the checkpoint's SHA-256;
+    `calibration`: the scores of unseen images, None of a run that has none, whose model scores with what was trained.
+    """
 
     folder: Path
     config: RunConfig
     model: ImageModel
     state: dict[str, Any]
     digest: str
+    calibration: Calibration | None = None
 
     @property
     def run_id(self) -> str:
@@ -139,11 +145,12 @@ class TrainedRun:
         return self.folder.resolve().name
 
 
-def load_run(folder: Path) -> TrainedRun:
-    """Read a run to evaluate or export it.
+def load_run(folder: Path, *, calibrated: bool = True) -> TrainedRun:
+    """Read a run to evaluate or export it. calibrated: with its calibration, if it has one.
 
     Raises:
-        CheckpointError: something is missing or damaged, or the run is still in a phase whose model is not usable.
+        CheckpointError: something is missing or damaged, the run is still in a phase whose model is not usable, or its
+            calibration is of another checkpoint or other data.
     """
     config, checkpoint = load_config(folder), load_checkpoint(folder)
     if not checkpoint.state["usable"]:
@@ -155,4 +162,7 @@ def load_run(folder: Path) -> TrainedRun:
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the checkpoint does not fit {CONFIG_FILE}: {error}") from error
     digest = hashlib.sha256((folder / CHECKPOINT_FILE).read_bytes()).hexdigest()
-    return TrainedRun(folder, config, model.eval(), checkpoint.state, digest)
+    found = load_calibration(folder, config.data, digest) if calibrated else None
+    if found is not None and isinstance(model, Vae):
+        model.spread = found.spread
+    return TrainedRun(folder, config, model.eval(), checkpoint.state, digest, found.scores if found else None)

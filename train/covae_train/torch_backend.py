@@ -12,7 +12,7 @@ from torch import Tensor
 
 from covae_core.backends import Factorisation, cached, register_backend
 from covae_core.noise import MODULI, Stream, jump_multipliers, stream_states
-from covae_core.numpy_backend import GATHERED_SHARE
+from covae_core.numpy_backend import GATHERED_SHARE, whitening
 
 # Columns of P that are multiplied at once: partial sums of that many products are added up in float64.
 BLOCK_COLUMNS = 2048
@@ -77,6 +77,10 @@ class TorchBackend:
 
     def _by_rows(self, factor: Tensor, scale: Tensor) -> bool:
         return not (torch.is_grad_enabled() and (factor.requires_grad or scale.requires_grad))
+
+    def whitening(self, products: Tensor) -> Tensor:
+        found: Tensor = whitening(xp, products)
+        return found
 
     def factorise(self, matrices: Tensor, limit: float) -> Factorisation | None:
         cholesky, info = torch.linalg.cholesky_ex(matrices)

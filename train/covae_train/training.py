@@ -116,7 +116,7 @@ class Trainer:
         self.layout = torch.contiguous_format if is_narrow(model) else torch.channels_last
         self.model = model.to(memory_format=self.layout)  # type: ignore[call-overload]
         held = family.constraints(config)
-        self.multipliers = Multipliers(held.items, held.damping).to(self.device)
+        self.multipliers = Multipliers(held.items, held.damping, held.momentum).to(self.device)
         self.adam = torch.optim.Adam(self.model.parameters()) if list(self.model.parameters()) else None
         duals = list(self.multipliers.parameters())
         self.dual = torch.optim.SGD(duals, lr=held.learning_rate, maximize=True) if duals else None
@@ -216,7 +216,9 @@ class Trainer:
         self.adam.zero_grad()
         self.multipliers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self.adam.param_groups[0]["lr"] = planned.phase.learning_rate
+        if planned.phase.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), planned.phase.clip * self.config.image_size)
+        self.adam.param_groups[0]["lr"] = planned.phase.rate(progress)
         self.adam.step()
         if self.dual is not None:
             self.dual.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,9 +16,9 @@ from covae_client.catalogue import find_model, list_models
 from covae_client.client import DEFAULT_ADDRESS, checked_settings
 from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
 from covae_client.model import BeyondReach, ModelBase, beyond_reach, least_softness
-from covae_client.plans import REACH, Call, Conditioned
+from covae_client.plans import REACH, Call, Conditioned, Surprised
 from covae_client.retry import ASKED_AGAIN, Attempts, Retry, Timeout
-from covae_client.scoring import Scores
+from covae_client.scoring import Scores, judged
 from covae_client.transport import (
     CONNECT_POLL_S,
     MAX_IN_FLIGHT,
@@ -118,9 +118,9 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         """As Model.sample_with_latents."""
         return await self._do(self._plans.sample(n, seed, noise_seed, start), progress)
 
-    async def decode(self, latent: Any, *, progress: Progress | None = None) -> Density:
+    async def decode(self, latent: Any, *, scoring: bool = False, progress: Progress | None = None) -> Density:
         """As Model.decode."""
-        return await self._do(self._plans.decode(latent), progress)
+        return await self._do(self._plans.decode(latent, scoring), progress)
 
     async def encode(self, images: Any, *, progress: Progress | None = None) -> Any:
         """As Model.encode."""
@@ -166,11 +166,18 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         *,
         num_samples: int = 100,
         seed: int = 0,
-        indices: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         progress: Progress | None = None,
     ) -> Scores:
         """As Model.score."""
-        return await self._do(self._plans.score(images, num_samples, seed, indices), progress)
+        images = self._plans.as_arrays(images)
+        scores = await self._do(self._plans.score(images, num_samples, seed), progress)
+        if self.spec.calibration is None:
+            return scores
+        return judged(scores, self.spec.calibration, await self._do(self._plans.parts(images), None))
+
+    async def surprise(self, images: Any, *, mask: Any = None, progress: Progress | None = None) -> Surprised:
+        """As Model.surprise."""
+        return await self._do(self._plans.surprise(images, mask), progress)
 
     async def run(self, operation: str, *, progress: Progress | None = None, **arrays: Any) -> dict[str, NDArray[Any]]:
         """As Model.run."""
@@ -180,7 +187,7 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         endpoint = self._endpoints.get(call.operation)
         if endpoint is None:
             endpoint = await self._transport.run(self._ask_for(call.operation))
-        return call.finish(await self._transport.infer(endpoint, call, progress))
+        return call.finish(await self._transport.infer(call.asks(endpoint), call, progress))
 
 
 class AsyncTransport:

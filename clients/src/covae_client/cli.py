@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from contextlib import suppress
+from enum import Enum
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
 from importlib.metadata import version as package_version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +20,20 @@ from covae_client.errors import CovaeError, InvalidArgument
 
 COMMAND_GROUP = "covae.commands"
 # Known by name even where the package that brings them is not installed.
-COVAE_COMMANDS = ("train", "evaluate", "report", "gallery", "export", "serve", "bench", "demo")
+COVAE_COMMANDS = ("train", "calibrate", "evaluate", "report", "gallery", "export", "serve", "bench", "demo")
 # No package index has Covae; whoever took its name there would be a stranger.
 INSTALL_COVAE = "this environment has its client alone; run `pip install ./clients .` in a checkout of Covae"
 INSTALL_ALL = "run `pip install ./clients '.[all]'` in a checkout of Covae"
 INTERRUPTED = 130
+
+
+class Order(str, Enum):
+    """In what order scored files are shown and written."""
+
+    p_value = "p-value"
+    bound = "bound"
+    spot = "spot"
+    name = "name"
 
 
 class LazyGroup(TyperGroup):
@@ -255,39 +267,58 @@ def score(
     seed: Seed = 0,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the scores as CSV.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
+    maps: Annotated[
+        Path | None, typer.Option("--maps", metavar="FOLDER", help="Write a picture of where each image is odd.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option("--mask", metavar="FOLDER", help="Look for odd spots where NAME.png of this folder is white."),
+    ] = None,
+    sort: Annotated[Order, typer.Option("--sort", help="The order of the files: the oddest first, or as named.")] = (
+        Order.p_value
+    ),
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, help="Show the first so many.  [all that fit a screen]")
+    ] = None,
+    rate: Annotated[
+        float, typer.Option("--rate", min=0.0, max=1.0, help="Share of the files called odd that may be so by chance.")
+    ] = 0.05,
     server: Server = "localhost:8001",
     timeout: RequestTimeout = 60.0,
 ) -> None:
-    """Tell how likely a model holds images: log p(x), from below, with its standard error, and bits per dimension.
+    """Tell how likely a model holds images, and how usual that is: p-values, log p(x) from below, bits per dimension.
 
-    Images are scaled and cut to the model's size as in training. Densities are over pixels in [0, 1], in nats, so
-    values above 0 are normal. Bits per dimension are -(log p(x) - S log 255) / (S log 2) for the S numbers of an
-    image, a density in units of bytes, without dequantisation noise: compare models of this project by it, not with a
-    lossless code. A standard error is shown as – where the effective sample size (ess) is below 10.
+    A p-value ranks an image among images like those that the model was trained on; small ones are odd, too likely as
+    well as too unlikely. Images are scaled and cut to the model's size as in training. Densities are over pixels in
+    [0, 1], in nats, so values above 0 are normal. What the numbers mean and cannot say: docs/scoring.md.
 
-    Files that are refused are named and skipped; the exit code is then 1.
+    A file's scores depend on its pixels and --seed alone. Files that are refused are named and skipped; the exit code
+    is then 1.
     """
-    from covae_client import commands
+    from covae_client import commands, scored_files
     from covae_core.files import check_writable
 
-    check_writable(csv, json)
-    rows: list[commands.FileScore] = []
+    if not 0 < rate < 1:
+        raise InvalidArgument(f"--rate: found {rate:g}; expected a share between 0 and 1, as 0.05")
+    check_writable(csv, json, None if maps is None else maps / "map.png")
+    rows: list[scored_files.FileScore] = []
     try:
         with commands.open_model(name, server, timeout) as model:
-            for row in commands.score(model, paths, num_samples=num_samples, seed=seed):
+            for row in scored_files.score(model, paths, num_samples=num_samples, seed=seed, maps=maps, masks=mask):
                 rows.append(row)
     finally:  # What was scored before an error or an interrupt is not lost.
-        written, failed = [], [row.error for row in rows if row.error]
-        for write, file in ((commands.write_csv, csv), (commands.write_json, json)):
+        rows = scored_files.ordered(rows, sort.value)
+        written, failed = [], scored_files.refusals(rows)
+        for write, file in ((scored_files.write_csv, csv), (scored_files.write_json, json)):
             if file is not None and rows:
                 try:
                     write(file, rows, name=name, num_samples=num_samples, seed=seed)
-                    refused = sum(bool(row.error) for row in rows)
+                    refused = sum(row.log_likelihood_bound is None for row in rows)
                     scored = commands.counted(len(rows) - refused, "file")
                     written.append(f"scores of {scored}{f', {refused} refused' if refused else ''}: {file}")
                 except CovaeError as error:  # the other file, and the error that ended the scoring, still count
                     failed.append(str(error))
-        commands.print_scores(rows)
+        scored_files.print_scores(rows, top=top, rate=rate)
         for message in written:
             typer.echo(message)
         for message in failed:
@@ -298,6 +329,9 @@ def score(
 
 def main() -> None:
     """Run the `covae` command and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that has not every letter shows the others escaped
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="covae")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covae_client.catalogue import find_endpoint, not_served
-from covae_client.plans import REACH, Call, Conditioned, Plans, Posterior
-from covae_client.scoring import Scores
+from covae_client.plans import REACH, Call, Conditioned, Plans, Posterior, Surprised
+from covae_client.scoring import Scores, judged
 from covae_client.transport import Endpoint, Inputs, Progress, Steps
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS
@@ -134,13 +134,16 @@ class Model(ModelBase[Transport]):
         """The images of `sample`, (n, H, W, C) uint8, and the latents they come from, (n, …latent_shape) float32."""
         return self._do(self._plans.sample(n, seed, noise_seed, start), progress)
 
-    def decode(self, latent: Any, *, progress: Progress | None = None) -> Density:
+    def decode(self, latent: Any, *, scoring: bool = False, progress: Progress | None = None) -> Density:
         """The density p(x|z) of a latent, (…latent_shape), or of each of N, (N, …latent_shape).
+
+        scoring: the one that images are scored with, not the one that they are drawn from; some models have two, with
+        one mean (`spec.scoring_parameters` says in what they differ).
 
         Returns one of `covae_core.densities`, over images of shape (C, H, W) in [0, 1], with a leading batch axis if
         `latent` has one.
         """
-        return self._do(self._plans.decode(latent), progress)
+        return self._do(self._plans.decode(latent, scoring), progress)
 
     def encode(self, images: Any, *, progress: Progress | None = None) -> Any:
         """The normal over latents of each image, a Posterior; one for each latent by name if there are several.
@@ -212,17 +215,27 @@ class Model(ModelBase[Transport]):
         *,
         num_samples: int = 100,
         seed: int = 0,
-        indices: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         progress: Progress | None = None,
     ) -> Scores:
-        """How likely the model holds each image, from num_samples importance weights; see `Scores`.
+        """How likely the model holds each image, from num_samples importance weights, and how usual that is.
 
-        images: (N, H, W, C) or (H, W, C) uint8, paths or pictures. The weights of an image depend on the image, the
-        seed and its index (default: 0 … N - 1, each from 0 to 2²⁰ - 1) alone, not on the batch. A call of the server
-        yields spec.score_samples weights; num_samples is at most 4096 times that. A model without latents is scored
-        exactly.
+        images: (N, H, W, C) or (H, W, C) uint8, paths or pictures. An image's scores depend on its bytes, the seed and
+        num_samples alone: not on the others, nor on their order. A call of the server yields spec.score_samples
+        weights; num_samples is at most 4096 times that. A model without latents is scored exactly. See `Scores`.
         """
-        return self._do(self._plans.score(images, num_samples, seed, indices), progress)
+        images = self._plans.as_arrays(images)
+        scores = self._do(self._plans.score(images, num_samples, seed), progress)
+        if self.spec.calibration is None:
+            return scores
+        return judged(scores, self.spec.calibration, self._do(self._plans.parts(images), None))
+
+    def surprise(self, images: Any, *, mask: Any = None, progress: Progress | None = None) -> Surprised:
+        """Where images are odd: the whitened residual of each, and what it comes to; see `Surprised`.
+
+        images: (N, H, W, C) or (H, W, C) uint8, paths or pictures; mask: (H, W) or (N, H, W) bool, true where to look.
+        Nothing in it is random.
+        """
+        return self._do(self._plans.surprise(images, mask), progress)
 
     def run(self, operation: str, *, progress: Progress | None = None, **arrays: Any) -> dict[str, NDArray[Any]]:
         """Any operation by its tensors: inputs and outputs as in `covae_core.operations`, with a leading batch axis.
@@ -238,7 +251,7 @@ class Model(ModelBase[Transport]):
                 progress(done // call.per_unit, rows // call.per_unit)
 
         endpoint = self._endpoints.get(call.operation) or self._transport.run(self._ask_for(call.operation))
-        return call.finish(self._transport.infer(endpoint, call.inputs, call.rows, report))
+        return call.finish(self._transport.infer(call.asks(endpoint), call.inputs, call.rows, report))
 
 
 def beyond_reach(name: str, result: Conditioned) -> str:

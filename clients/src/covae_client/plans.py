@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -14,13 +15,16 @@ from numpy.typing import NDArray
 from covae_client import arguments
 from covae_client.errors import InvalidArgument, ServerFault
 from covae_client.scoring import Scores, summarise
+from covae_core.calibration import parts_of
 from covae_core.contract import LATENT_STREAMS, ModelSpec
 from covae_core.noise import row_seeds, standard_normal
 from covae_core.operations import OPERATIONS
+from covae_core.surprise import spots
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from covae_client.transport import Endpoint
     from covae_core.densities import Density
 
 # A seed's 2³² row seeds are shared out among images: 2²⁰ of them, each with 2¹² calls of `score`.
@@ -37,7 +41,7 @@ Arrays = Mapping[str, NDArray[Any]]
 class Call(Generic[Result]):
     """A call of one operation on `rows` rows: the input tensors of those that a slice names, and what comes of it.
 
-    per_unit: rows that make one unit of progress.
+    per_unit: rows that make one unit of progress. outputs: which of them are asked for; None for all.
     """
 
     operation: str
@@ -45,6 +49,13 @@ class Call(Generic[Result]):
     rows: int
     finish: Callable[[dict[str, NDArray[Any]]], Result]
     per_unit: int = 1
+    outputs: frozenset[str] | None = None
+
+    def asks(self, endpoint: Endpoint) -> Endpoint:
+        """The endpoint with those outputs alone that are asked for."""
+        if self.outputs is None:
+            return endpoint
+        return replace(endpoint, outputs=tuple(item for item in endpoint.outputs if item.name in self.outputs))
 
 
 class Posterior(NamedTuple):
@@ -72,6 +83,23 @@ class Conditioned(NamedTuple):
     def within_reach(self) -> bool:
         """Whether the density could have made the fixed values: no tail is below 1e-6."""
         return bool(np.all(self.tail >= REACH))
+
+
+class Surprised(NamedTuple):
+    """What `surprise` gives, of N images, each against the density of its own posterior's mean.
+
+    maps: the whitened residual, (N, C, H, W) float32: independent standard normals for an image that the model would
+    make, far from 0 where an image is odd, 0 outside the mask if there was one. residual: its square's sum;
+    log_determinant: log |Σ| of the density; latent: KL of the posterior from the prior, in nats; (N,) float64, whatever
+    the mask. spot: the largest magnitude of the mean of 3×3 neighbouring values of a map, in units of its standard
+    deviation under the density, ⅓; (N,) float64. All without N if the images came without.
+    """
+
+    maps: NDArray[np.float32]
+    residual: NDArray[np.float64]
+    log_determinant: NDArray[np.float64]
+    latent: NDArray[np.float64]
+    spot: NDArray[np.float64]
 
 
 class Plans:
@@ -112,8 +140,8 @@ class Plans:
         }
         return self._one_or_all(drawn)
 
-    def decode(self, latent: Any) -> Call[Density]:
-        """The density of a latent, or of each of N."""
+    def decode(self, latent: Any, scoring: bool) -> Call[Density]:
+        """The density of a latent, or of each of N; to draw with, or to score with."""
         from covae_core.densities import DENSITIES
 
         self._require_latents()
@@ -124,12 +152,18 @@ class Plans:
                 f"{self.name}: its density is {self.spec.density!r}, this client knows {known}; update covae-client"
             )
 
+        own = {name: f"scoring_{name}" for name in self.spec.scoring_parameters} if scoring else {}
+        tensors = {name: own.get(name, name) for name in self.spec.density_parameters}
+
         def finish(result: dict[str, NDArray[Any]]) -> Density:
-            parts: dict[str, Any] = {name: array[0] if single else array for name, array in result.items()}
+            parts: dict[str, Any] = {
+                name: result[tensor][0] if single else result[tensor] for name, tensor in tensors.items()
+            }
             return DENSITIES[self.spec.density](**parts)
 
         rows = arguments.same_rows(**latents)
-        return Call("decode", _rows_of(_whole(latents, rows)), rows, finish)
+        wanted = frozenset(tensors.values())
+        return Call("decode", _rows_of(_whole(latents, rows)), rows, finish, outputs=wanted)
 
     def encode(self, images: Any) -> Call[Any]:
         """The posterior of the one latent, or of each by name."""
@@ -188,16 +222,20 @@ class Plans:
 
         return Call("condition", _rows_of({**whole, "noise_seed": seeds[:, None]}), n, finish)
 
-    def score(self, images: Any, num_samples: int, seed: int, indices: Any) -> Call[Scores]:
-        """Importance weights of each image, summed up."""
+    def as_arrays(self, images: Any) -> NDArray[np.uint8]:
+        """Images (N, H, W, C) of arrays, files or pictures."""
+        return self._images("images", images)[0]
+
+    def score(self, images: Any, num_samples: int, seed: int) -> Call[Scores]:
+        """Importance weights of each image, summed up; the noise is of the seed and of the image's own bytes."""
         arrays, _ = self._images("images", images)
-        places = _score_indices(indices, len(arrays))
         seed = arguments.seed("seed", seed)
         exact = not self.spec.latents
         per_call = self.spec.score_samples
         limit = 1 if exact else per_call * SCORE_CALLS
         num_samples = arguments.integer("num_samples", min(num_samples, 1) if exact else num_samples, 1, limit)
         calls = ceil(num_samples / per_call)
+        places = np.array([image_index(image) for image in arrays])
 
         def inputs(part: slice) -> Arrays:
             image, call = np.divmod(np.arange(part.start, part.stop), calls)
@@ -211,7 +249,49 @@ class Plans:
                 raise ServerFault(f"{self.name}: score gave NaN weights: the exported model is broken on these images")
             return summarise(weights, prod(self.spec.image_shape), exact=exact)
 
-        return Call("score", inputs, len(arrays) * calls, finish, per_unit=calls)
+        wanted = frozenset({"log_weight"})
+        return Call("score", inputs, len(arrays) * calls, finish, per_unit=calls, outputs=wanted)
+
+    def parts(self, images: Any) -> Call[Mapping[str, NDArray[np.float64]]]:
+        """What p-values are made of; see `covae_core.calibration.parts_of`.
+
+        Raises:
+            InvalidArgument: the model's calibration is of another run or of other data.
+        """
+        calibration = self.spec.calibration
+        assert calibration is not None
+        for what, found, ours in (
+            ("run", calibration.run_digest, self.spec.run_digest),
+            ("data", calibration.data, self.spec.data),
+        ):
+            if found != ours:
+                raise InvalidArgument(
+                    f"{self.name}: its calibration is of the {what} {found[:12]!r}, the model of {ours[:12]!r}; "
+                    "`covae calibrate` the run and export it again"
+                )
+        arrays, _ = self._images("images", images)
+        return Call(
+            "surprise", _rows_of({"image": arrays}), len(arrays), lambda found: parts_of(arrays, **_flat(found))
+        )
+
+    def surprise(self, images: Any, mask: Any) -> Call[Surprised]:
+        """Where images are odd."""
+        arrays, single = self._images("images", images)
+        masks = None
+        if mask is not None:
+            masks, _ = arguments.rows("mask", mask, self.spec.image_shape[:2], np.bool_)
+            arguments.same_rows(images=arrays, mask=masks)
+            if not masks.any(axis=(1, 2)).all():
+                raise InvalidArgument("mask: found one that is false everywhere; expected true where to look")
+
+        def finish(result: dict[str, NDArray[Any]]) -> Surprised:
+            maps = result.pop("surprise")
+            if masks is not None:
+                maps = maps * masks[:, None]
+            found = Surprised(maps, **_flat(result), spot=spots(maps))
+            return Surprised(*(part[0] for part in found)) if single else found
+
+        return Call("surprise", _rows_of({"image": arrays}), len(arrays), finish)
 
     def anything(self, operation: str, arrays: Arrays) -> Call[dict[str, NDArray[Any]]]:
         """An operation by its tensors, with a leading batch axis each."""
@@ -301,9 +381,12 @@ def chi_square_tail(distance: NDArray[np.float64], degrees: NDArray[np.int64]) -
     return np.where(degrees > 0, tail, 1.0)
 
 
-def _score_indices(indices: Any, count: int) -> NDArray[np.int64]:
-    given = range(count) if indices is None else indices
-    if len(given) != count:
-        raise InvalidArgument(f"indices: found {len(given)} of them, expected one per image, {count}")
-    checked = [arguments.integer("indices", index, 0, SCORE_IMAGES - 1) for index in given]
-    return np.array(checked, dtype=np.int64)
+def image_index(image: NDArray[np.uint8]) -> int:
+    """Which of a seed's SCORE_IMAGES places an image has: a hash of its bytes, so that a file has one score."""
+    digest = blake2b(np.ascontiguousarray(image).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % SCORE_IMAGES
+
+
+def _flat(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Outputs of one number a row, (N, 1), as (N,)."""
+    return {name: array[:, 0] if array.ndim == 2 else array for name, array in arrays.items()}

@@ -84,6 +84,9 @@ class Backend(Protocol):
         factor: (F, R, n); mask: (M, n) in numbers; variance: (V, n or 1); exact: float64 products too.
         """
 
+    def whitening(self, products: Array) -> Array:
+        """(I − (I + A)^(−½)) A⁻¹ of positive-semidefinite A (B or 1, R, R), float64, without the difference."""
+
     def factorise(self, matrices: Array, limit: float) -> Factorisation | None:
         """None if a matrix has no Cholesky factor, or its largest entry is over `limit` times its smallest pivot."""
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from covae_core.calibration import Calibration
 from covae_core.errors import InvalidArgument
 from covae_core.noise import NOISE_VERSION, Stream
 
@@ -63,9 +64,11 @@ class ModelSpec:
     image_shape: (H, W, C). latents: the shape of each latent by name, `latent` or `pose`; none for a model that is a
     density alone. posteriors: of each latent that the model's encoder knows, its parameters' shapes by name. priors:
     the kind of each latent's prior. density: the kind of the density; density_parameters: its parameters' shapes by
-    name, the mean first. operations: those that the model can do. score_samples: M, the importance weights of one row
-    of `score`; draw_samples: the images that one row of `draw` yields. run_id, run_digest: the training run.
-    calibration: scores of held-out images; none yet.
+    name, the mean first. scoring_parameters: those of them that have other values where the model scores than where it
+    draws; on the wire they are named scoring_NAME. operations: those that the model can do. score_samples: M, the
+    importance weights of one row of `score`; draw_samples: the images that one row of `draw` yields. run_id,
+    run_digest: the training run. data: the name of what it was trained on. calibration: the scores of unseen images;
+    None if the run was not calibrated.
     """
 
     family: str
@@ -75,12 +78,14 @@ class ModelSpec:
     priors: Mapping[str, str]
     density: str
     density_parameters: Mapping[str, tuple[int, ...]]
+    scoring_parameters: Mapping[str, tuple[int, ...]]
     operations: tuple[str, ...]
     score_samples: int
     draw_samples: int
     run_id: str
     run_digest: str
-    calibration: None = None
+    data: str
+    calibration: Calibration | None = None
     value_range: tuple[float, float] = (0.0, 1.0)
     noise_version: int = NOISE_VERSION
     contract_version: int = CONTRACT_VERSION
@@ -94,13 +99,19 @@ class ModelSpec:
         """One tensor for each latent."""
         return tuple(TensorSpec(name, "FP32", shape) for name, shape in self.latents.items())
 
+    def scoring_tensors(self) -> tuple[TensorSpec, ...]:
+        """What `decode` yields of the density to score with."""
+        return tuple(TensorSpec(f"scoring_{name}", "FP32", shape) for name, shape in self.scoring_parameters.items())
+
     def image(self, name: str = "image") -> TensorSpec:
         """An image, as bytes."""
         return TensorSpec(name, "UINT8", self.image_shape)
 
     def to_parameters(self) -> dict[str, str]:
         """The `parameters` of a `config.pbtxt`: every field as JSON text, and the colour for whoever reads it."""
-        return {name: json.dumps(value) for name, value in {**asdict(self), "colour": self.colour}.items()}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {"calibration": self.calibration and self.calibration.to_json(), "colour": self.colour}
+        return {name: json.dumps(value) for name, value in values.items()}
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
@@ -132,8 +143,10 @@ class ModelSpec:
             _check_version("noise_version", values["noise_version"], NOISE_VERSION)
             for name in ("image_shape", "operations", "value_range"):
                 values[name] = tuple(values[name])
-            for name in ("latents", "density_parameters"):
+            for name in ("latents", "density_parameters", "scoring_parameters"):
                 values[name] = _shapes(values[name])
+            if values["calibration"] is not None:
+                values["calibration"] = Calibration.from_json(values["calibration"])
             values["posteriors"] = {name: _shapes(shapes) for name, shapes in values["posteriors"].items()}
             return cls(**values)
         except InvalidArgument:

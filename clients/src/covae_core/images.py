@@ -36,10 +36,12 @@ RGB_PNG = 2
 
 
 class Listing(NamedTuple):
-    """What a folder holds: image files, and other files, hidden ones aside; sorted."""
+    """What a folder holds: image files, and other files, hidden ones aside; sorted. unreadable: folders inside that
+    cannot be searched, each with why."""
 
     images: list[Path]
     others: list[Path]
+    unreadable: list[ImageFileError]
 
 
 def list_images(folder: Path) -> Listing:
@@ -48,28 +50,28 @@ def list_images(folder: Path) -> Listing:
     Files whose name ends in .png, .jpg, .jpeg or .webp, in small letters or large, are images; what they are inside is
     seen when they are opened. Hidden files and folders do not count.
     """
-    images: list[Path] = []
-    others: list[Path] = []
-    _list(folder, (), images, others)
-    return Listing(sorted(images), sorted(others))
+    found = Listing([], [], [])
+    _list(folder, (), found)
+    return Listing(sorted(found.images), sorted(found.others), found.unreadable)
 
 
-def _list(folder: Path, above: tuple[str, ...], images: list[Path], others: list[Path]) -> None:
+def _list(folder: Path, above: tuple[str, ...], found: Listing) -> None:
     place = os.path.realpath(folder)
     if place in above:
         return
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
-        raise ImageFileError(f"{folder}: cannot be read: {error.strerror or error}") from error
+        found.unreadable.append(ImageFileError(f"{folder}: cannot be read: {error.strerror or error}"))
+        return
     for entry in entries:
         if entry.name.startswith("."):
             continue
         path = folder / entry.name
         if entry.is_dir():
-            _list(path, (*above, place), images, others)
+            _list(path, (*above, place), found)
         else:
-            (images if path.suffix.lower() in EXTENSIONS else others).append(path)
+            (found.images if path.suffix.lower() in EXTENSIONS else found.others).append(path)
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -82,7 +84,12 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        inside = list_images(path).images if path.is_dir() else [path]
+        if not os.path.isdir(path):
+            found[path] = None
+            continue
+        inside, _, unreadable = list_images(path)
+        if unreadable:
+            raise unreadable[0]
         if not inside:
             raise ImageFileError(f"{path}: this folder holds no file that ends in {', '.join(EXTENSIONS)}")
         found.update(dict.fromkeys(inside))

@@ -33,7 +33,7 @@ def importance_weights(model: Model, images: Array, noise: Mapping[str, Array]) 
     xp = backend_of(images).xp
     if not model.latents:
         # Every row has the one density: the images are its samples.
-        density = model.density({}, images.shape[0]).to(xp.float64)
+        density = model.scoring_density({}, images.shape[0]).to(xp.float64)
         likelihood, distance = density.score(xp.astype(images, xp.float64))
         prior, posterior = xp.zeros_like(likelihood), xp.zeros_like(likelihood)
         parts = (likelihood + prior, likelihood, prior, posterior, distance)
@@ -42,7 +42,7 @@ def importance_weights(model: Model, images: Array, noise: Mapping[str, Array]) 
     repeated = repeat_rows(xp.astype(images, xp.float64), count)
     posteriors = {name: posterior.repeat(count) for name, posterior in model.posteriors(images).items()}
     latents = {name: posterior.draw(flat(noise[name])) for name, posterior in posteriors.items()}
-    likelihood, distance = model.density(latents, repeated.shape[0]).to(xp.float64).score(repeated)
+    likelihood, distance = model.scoring_density(latents, repeated.shape[0]).to(xp.float64).score(repeated)
     wide = {name: xp.astype(latent, xp.float64) for name, latent in latents.items()}
     prior = sum(model.prior(name).log_prob(latent) for name, latent in wide.items())
     posterior = sum(posteriors[name].to(xp.float64).log_prob(latent) for name, latent in wide.items())

@@ -22,6 +22,13 @@ class Posterior(Protocol):
     def log_prob(self, value: Array) -> Array:
         """log q(z|x) per row, in nats. shape: (B,)"""
 
+    @property
+    def mean(self) -> Array:
+        """E[z]. shape: (B, *shape)"""
+
+    def kl(self, prior: Any) -> Array:
+        """KL[q(z|x) ‖ p(z)] per row, in nats. shape: (B,)"""
+
     def repeat(self, times: int) -> Posterior:
         """Each row `times` times in a row."""
 
@@ -66,4 +73,7 @@ class Model(Protocol):
         """p(z) of one latent."""
 
     def density(self, latents: Mapping[str, Array], rows: int | None = None) -> Density:
-        """p(x|z) of latents (B, *shape); `rows` is B, which a model without latents cannot know otherwise."""
+        """p(x|z) to draw with, of latents (B, *shape); `rows` is B, which a model without latents cannot know."""
+
+    def scoring_density(self, latents: Mapping[str, Array], rows: int | None = None) -> Density:
+        """p(x|z) to score with: the same mean, and the uncertainty that images were found to have."""

@@ -68,6 +68,10 @@ class NumpyBackend:
         assert variance is not None
         return np.asarray(products / variance[:, :, None].astype(np.float64))
 
+    def whitening(self, products: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = whitening(xp, products)
+        return found
+
     def factorise(self, matrices: NDArray[np.float64], limit: float) -> NumpyFactorisation | None:
         if not np.isfinite(matrices).all():
             return None
@@ -156,6 +160,13 @@ def _masked_columns(mask: NDArray[np.bool_], counts: NDArray[np.int64]) -> NDArr
     columns = np.repeat(mask.argmin(axis=-1)[:, None], counts.max(), axis=1)
     columns[row, place] = column
     return columns
+
+
+def whitening(xp: Any, products: Any) -> Any:
+    """As Backend.whitening, by eigenvectors: 1/(r (1 + r)) along each, r² = 1 + its eigenvalue."""
+    squares, vectors = xp.linalg.eigh(products)
+    root = xp.sqrt(1 + squares * (squares > 0))
+    return (vectors / (root * (1 + root))[..., None, :]) @ xp.matrix_transpose(vectors)
 
 
 def _gram(factor: Floats, weights: Floats | None) -> NDArray[np.float64]:

@@ -13,10 +13,11 @@ from typing import Any, TypeAlias
 
 from covae_core.backends import Array, backend_of
 from covae_core.contract import LATENT_STREAMS, ModelSpec, TensorSpec, served_name
-from covae_core.densities import Conditionable, Density
+from covae_core.densities import Conditionable, Density, Whitening
 from covae_core.errors import InvalidArgument
 from covae_core.importance import importance_weights
 from covae_core.modelling import Model
+from covae_core.surprise import surprise
 
 Tensors: TypeAlias = tuple[TensorSpec, ...]
 Arrays: TypeAlias = Mapping[str, Array]
@@ -29,7 +30,8 @@ class Operation:
     """One thing that a served model does.
 
     needs: the abilities that a model must have, of those that `abilities` finds. inputs, outputs: its tensors, per row.
-    run: outputs by name, from inputs by name with a batch axis in front. exact: the whole network runs in float64.
+    run: outputs by name, from inputs by name with a batch axis in front. exact: its nats must be right to 0.05, and the
+    network runs in float64 where float32 is too coarse for that.
     """
 
     name: str
@@ -42,11 +44,12 @@ class Operation:
 
 
 def abilities(model: Model, density: Density) -> frozenset[str]:
-    """What a model can do: `latents` it has, `encode` images, `condition` its density, `score` images."""
+    """What a model can do: `latents` it has, `encode` images, `condition` and `whiten` its density, `score` images."""
     found = {
         "latents": bool(model.latents),
         "encode": model.encodes,
         "condition": isinstance(density, Conditionable),
+        "whiten": isinstance(density, Whitening),
         "score": model.encodes or not model.latents,
     }
     return frozenset(name for name, able in found.items() if able)
@@ -85,7 +88,13 @@ def _density(model: Model, spec: ModelSpec, inputs: Arrays) -> Density:
 def _decode(model: Model, spec: ModelSpec, inputs: Arrays) -> Arrays:
     density = _density(model, spec, inputs)
     rows = next(iter(inputs.values())).shape[0]
-    return {name: per_row(value, spec.density_parameters[name], rows) for name, value in density.parameters.items()}
+    found = {name: per_row(value, spec.density_parameters[name], rows) for name, value in density.parameters.items()}
+    if spec.scoring_parameters:
+        latents = {name: inputs[name] for name in spec.latents}
+        parameters = model.scoring_density(latents, rows).parameters
+        for name, shape in spec.scoring_parameters.items():
+            found[f"scoring_{name}"] = per_row(parameters[name], shape, rows)
+    return found
 
 
 def per_row(value: Array, shape: tuple[int, ...], rows: int) -> Array:
@@ -140,6 +149,13 @@ def _score(model: Model, spec: ModelSpec, inputs: Arrays) -> Arrays:
     return importance_weights(model, images, noise)._asdict()
 
 
+def _surprise(model: Model, spec: ModelSpec, inputs: Arrays) -> Arrays:
+    found = surprise(model, to_unit(inputs["image"], model.dtype))
+    xp = backend_of(found.surprise).xp
+    parts = {name: value[:, None] for name, value in found._asdict().items() if name != "surprise"}
+    return {"surprise": xp.astype(found.surprise, xp.float32), **parts}
+
+
 OPERATIONS: dict[str, Operation] = {}
 
 
@@ -189,10 +205,13 @@ def _weights(spec: ModelSpec) -> Tensors:
 register(
     Operation(
         "decode",
-        "a latent's density: its mean and the parameters beside it",
+        "a latent's density: its mean and the parameters beside it, to draw with and to score with",
         frozenset({"latents"}),
         lambda spec: spec.latent_tensors(),
-        lambda spec: tuple(TensorSpec(name, "FP32", shape) for name, shape in spec.density_parameters.items()),
+        lambda spec: (
+            *(TensorSpec(name, "FP32", shape) for name, shape in spec.density_parameters.items()),
+            *spec.scoring_tensors(),
+        ),
         _decode,
     )
 )
@@ -254,6 +273,20 @@ register(
         lambda spec: (spec.image(), *((TensorSpec("seed", *SEED),) if spec.latents else ())),
         _weights,
         _score,
+        exact=True,
+    )
+)
+register(
+    Operation(
+        "surprise",
+        "where an image is odd: its whitened residual, and the parts of its likelihood, at its posterior's mean",
+        frozenset({"score", "whiten"}),
+        lambda spec: (spec.image(),),
+        lambda spec: (
+            TensorSpec("surprise", "FP32", (spec.image_shape[2], *spec.image_shape[:2])),
+            *(TensorSpec(name, "FP64", (1,)) for name in ("residual", "log_determinant", "latent")),
+        ),
+        _surprise,
         exact=True,
     )
 )

@@ -26,11 +26,15 @@ from covae_train.phases import Phase
 
 @dataclass(frozen=True)
 class Constraints:
-    """Terms of the bound held at targets, the multipliers' damping per nat per image, and their learning rate."""
+    """Terms of the bound held at targets, the multipliers' damping per nat per image, and their learning rate.
+
+    momentum: of the violations' running means; see `covae_train.objective.Multipliers`.
+    """
 
     items: Sequence[Constraint] = ()
     damping: float = 0.0
     learning_rate: float = 0.0
+    momentum: float = 0.0
 
 
 @dataclass(frozen=True)

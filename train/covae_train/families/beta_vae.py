@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-from math import expm1, log
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from pydantic import Field, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from covae_core.densities import DiagonalNormal
-from covae_train.config import RunConfig
+from covae_train.config import ImageShape, RunConfig
 from covae_train.families import Constraints, Family, register
-from covae_train.image_model import MeanFirstHead, Vae, pointwise_head
-from covae_train.mean_first import everything, mean_alone
-from covae_train.networks.residual import Decoder, Encoder, ResidualOptions, size_defaults
+from covae_train.image_model import MeanFirstHead, Vae
+from covae_train.mean_first import ObjectiveOptions, likelihood, likelihood_phases, objective_defaults, paper_phases
+from covae_train.networks.residual import Decoder, Encoder, size_defaults
 from covae_train.objective import Constraint
 from covae_train.phases import Phase
 
 
-class BetaVaeOptions(ResidualOptions):
+class BetaVaeOptions(ObjectiveOptions):
     """β-VAE's own options."""
 
-    variance: PositiveFloat = Field(1e-5, description="the smallest variance of a pixel; the learned part is added")
+    variance: PositiveFloat = Field(
+        1e-5, description="of the paper's objective, the smallest variance of a pixel; the learned part is added"
+    )
 
 
 class DiagonalHead(MeanFirstHead):
     """Mean and variance by 1×1 convolutions; variance = softplus + ε, both ε at the start."""
 
     def __init__(self, in_width: int, channels: int, min_variance: float) -> None:
-        super().__init__(in_width, channels, 2 * min_variance)
-        self.variance = pointwise_head(in_width, channels, log(expm1(min_variance)))
-        self.softplus = nn.Softplus()
-        self.min_variance = min_variance
+        super().__init__(in_width, channels, 2 * min_variance, min_variance)
 
     def density(self, features: Tensor) -> DiagonalNormal:
-        variance = self.softplus(self.variance(features)) + self.min_variance
-        return DiagonalNormal(self.mean(features), variance, check=False)
+        return DiagonalNormal(self.mean(features), self.variances(features), check=False)
 
 
 def build(config: RunConfig) -> Vae:
@@ -45,7 +43,7 @@ def build(config: RunConfig) -> Vae:
     return Vae(
         Encoder(channels, options.widths, options.latent_size),
         Decoder(options.latent_size, options.widths, height, width),
-        DiagonalHead(options.widths[0], channels, options.variance),
+        DiagonalHead(options.widths[0], channels, options.variance if options.objective == "paper" else options.floor),
         (options.latent_size,),
     )
 
@@ -53,17 +51,19 @@ def build(config: RunConfig) -> Vae:
 def phases(config: RunConfig) -> list[Phase]:
     """The mean alone, then everything."""
     options = cast(BetaVaeOptions, config.options)
-    return [
-        Phase("mean", options.mean_epochs, options.mean_learning_rate, mean_alone, usable=False),
-        Phase("all", options.epochs - options.mean_epochs, options.learning_rate, everything()),
-    ]
+    return paper_phases(options) if options.objective == "paper" else likelihood_phases(options, likelihood())
+
+
+def defaults(image_shape: ImageShape) -> Mapping[str, Any]:
+    """Those of the networks, and the likelihood as the objective."""
+    return {**size_defaults(image_shape), **objective_defaults(image_shape)}
 
 
 def constraints(config: RunConfig) -> Constraints:
     """ξ_KL of equation 3; the paper found an entropy target detrimental to a β-VAE."""
     options = cast(BetaVaeOptions, config.options)
     kl = Constraint("kl", lambda terms: terms.kl, options.target_kl)
-    return Constraints([kl], options.damping, options.multiplier_lr)
+    return options.held(config, [kl])
 
 
 register(
@@ -73,7 +73,7 @@ register(
         BetaVaeOptions,
         build,
         phases,
-        size_defaults,
+        defaults,
         constraints,
     )
 )

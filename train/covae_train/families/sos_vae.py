@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from math import e, log, pi
 from typing import Any, cast
 
@@ -14,9 +14,19 @@ from covae_core.densities import LowRankNormal
 from covae_core.errors import InvalidArgument
 from covae_train.config import ImageShape, RunConfig
 from covae_train.families import Constraints, Family, register
+from covae_train.heads import BATCH, factor_covariance, fit, kept, mix_columns
 from covae_train.image_model import MeanFirstHead, Vae, pointwise_head
-from covae_train.mean_first import everything, mean_alone
-from covae_train.networks.residual import Decoder, Encoder, ResidualOptions, size_defaults
+from covae_train.mean_first import (
+    START_IMAGES,
+    Hold,
+    ObjectiveOptions,
+    likelihood,
+    likelihood_phases,
+    objective_defaults,
+    paper_phases,
+    shown,
+)
+from covae_train.networks.residual import Decoder, Encoder, size_defaults
 from covae_train.objective import Constraint
 from covae_train.phases import Phase, TrainingImages
 from covae_train.torch_backend import TorchBackend
@@ -24,58 +34,102 @@ from covae_train.torch_backend import TorchBackend
 # The spread that the default entropy target grants a pixel. It gives κ = 5.7 for grey 64×64 images and 7.3 for the
 # paper's CelebA, where the paper has 5.5 and 7.6.
 DEFAULT_PIXEL_VARIANCE = 0.005
-# At most so many training images are shown to the factor before it begins.
-START_IMAGES = 1000
+# A factor is fitted to so many training images at most, with these learning rates.
+FACTOR_IMAGES = 3000
+FACTOR_RATE, VARIANCE_RATE = 0.02, 0.05
 # Up to this side the factor begins at the residuals and the mean is held; above, as the paper has it.
 SMALL_SIDE = 32
 
 
-class SosVaeOptions(ResidualOptions):
+class SosVaeOptions(ObjectiveOptions):
     """SOS-VAE's own options."""
 
     rank: PositiveInt = Field(description="R, columns of the factor")
-    variance: PositiveFloat = Field(1e-5, description="D, a pixel's independent variance")
+    variance: PositiveFloat = Field(1e-5, description="D, a pixel's independent variance in samples")
     kappa: PositiveFloat | None = Field(
-        None, description="entropy target above its floor, nats per column of the factor  [by size, rank and variance]"
+        None,
+        description="of the paper's objective: entropy target above its floor, nats per column of the factor  "
+        "[by size, rank and variance]",
     )
     residual_start: bool = Field(
         False,
         description="the factor begins as the principal components of the residuals; else at next to nothing, as in "
         "the paper",
     )
+    hold: Hold = Field(
+        "joint",
+        description="of the likelihood, what holds the mean: the squared error beside the density (joint), it alone "
+        "(apart), or nothing (none)",
+    )
     mean_share: float = Field(
-        0.0, ge=0, description="share of the first phase's loss that goes on holding the mean; 0 in the paper"
+        0.0,
+        ge=0,
+        description="of the paper's objective: share of the first phase's loss that goes on holding the mean",
     )
 
 
 class LowRankHead(MeanFirstHead):
-    """Mean and factor by 1×1 convolutions; D is the constant ε (section 3.3: the optimisation tricks)."""
+    """Mean and factor by 1×1 convolutions; D is the constant ε (section 3.3: the optimisation tricks).
 
-    def __init__(self, in_width: int, channels: int, rank: int, variance: float) -> None:
-        super().__init__(in_width, channels, variance)
+    With a floor there is a second variance, learned: images are scored with it, and drawn with ε.
+    """
+
+    def __init__(self, in_width: int, channels: int, rank: int, variance: float, floor: float | None = None) -> None:
+        super().__init__(in_width, channels, variance, floor)
         self.factor = pointwise_head(in_width, rank * channels, 0.0)
         self.rank = rank
 
     def density(self, features: Tensor) -> LowRankNormal:
-        factor = self.factor(features).unflatten(1, (self.rank, -1))  # shape: (B, R, C, H, W)
-        return LowRankNormal(self.mean(features), factor, self.mean_variance, check=False)
+        return LowRankNormal(self.mean(features), self.columns(features), self.mean_variance, check=False)
+
+    def scoring_density(self, features: Tensor) -> LowRankNormal:
+        if self.variance is None:
+            return self.density(features)
+        return LowRankNormal(self.mean(features), self.columns(features), self.variances(features), check=False)
+
+    def columns(self, features: Tensor) -> Tensor:
+        """P. shape: (B, R, C, H, W)"""
+        factor: Tensor = self.factor(features)
+        return factor.reshape(factor.shape[0], self.rank, -1, *factor.shape[2:])
 
 
 def begin_at_residuals(model: Vae, training: TrainingImages) -> None:
     """The factor begins as the residuals' principal components; columns that there are none for keep their weights."""
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in training.batches(START_IMAGES):
-            latent = model.posteriors(batch.images)["latent"].draw(batch.noise["latent"])
-            features = model.features({"latent": latent})
-            yield features, batch.images - head.mean(features)
-
     head = cast(LowRankHead, model.head)
-    weights = residual_components(pairs(), head.rank).flatten(0, 1).to(head.factor.weight)  # shape: (R·C, F + 1)
+    start_factor(head, shown(model, training, START_IMAGES))
+
+
+def start_factor(head: LowRankHead, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """The factor's weights from features and images, in batches."""
+    residuals = ((features, images - head.mean(features)) for features, images in pairs)
+    weights = residual_components(residuals, head.rank).flatten(0, 1).to(head.factor.weight)  # shape: (R·C, F + 1)
     found = weights.any(1)
     assert head.factor.bias is not None
     head.factor.weight[found] = weights[found, :-1, None, None]
     head.factor.bias[found] = weights[found, -1]
+
+
+def fit_factor(model: Vae, training: TrainingImages) -> None:
+    """The likeliest factor and variance, and then the likeliest scale of the factor, all below them standing still.
+
+    Trained together with the network, a factor grows columns that no image uses, and samples grey plates.
+    """
+    head = cast(LowRankHead, model.head)
+    features, images = kept(shown(model, training, FACTOR_IMAGES))
+    start_factor(
+        head, zip(torch.split(features[:START_IMAGES], BATCH), torch.split(images[:START_IMAGES], BATCH), strict=True)
+    )
+    assert head.variance is not None
+    means = torch.cat([head.mean(part) for part in torch.split(features, BATCH)])
+
+    def density(rows: Tensor) -> LowRankNormal:
+        chosen = features[rows]
+        return LowRankNormal(means[rows], head.columns(chosen), head.variances(chosen), check=False)
+
+    rates = {FACTOR_RATE: list(head.factor.parameters()), VARIANCE_RATE: list(head.variance.parameters())}
+    fit(rates, density, images, torch.Generator().manual_seed(0))
+    some = torch.split(torch.arange(min(len(images), START_IMAGES)), BATCH)
+    mix_columns(head.factor, factor_covariance((density(rows), images[rows]) for rows in some))
 
 
 def residual_components(pairs: Iterable[tuple[Tensor, Tensor]], rank: int) -> Tensor:
@@ -133,27 +187,41 @@ def build(config: RunConfig) -> Vae:
     return Vae(
         Encoder(channels, options.widths, options.latent_size),
         Decoder(options.latent_size, options.widths, height, width),
-        LowRankHead(options.widths[0], channels, options.rank, options.variance),
+        LowRankHead(
+            options.widths[0],
+            channels,
+            options.rank,
+            options.variance,
+            None if options.objective == "paper" else options.floor,
+        ),
         (options.latent_size,),
     )
 
 
 def defaults(image_shape: ImageShape) -> Mapping[str, Any]:
-    """Up to 32×32 eight columns that begin at the residuals, and a held mean; above, the paper's."""
+    """Up to 32×32 eight columns, for the paper's objective with a held mean; above, the paper's 25."""
     small = max(image_shape[:2]) <= SMALL_SIDE
-    own = {"rank": 8, "residual_start": True, "mean_share": 0.05} if small else {"rank": 25}
-    return size_defaults(image_shape) | own
+    hold = "apart" if 16 < max(image_shape[:2]) <= SMALL_SIDE else "joint"
+    own = {"rank": 8, "mean_share": 0.05} if small else {"rank": 25}
+    return {
+        **size_defaults(image_shape),
+        **objective_defaults(image_shape),
+        "residual_start": True,
+        "hold": hold,
+        **own,
+    }
 
 
 def phases(config: RunConfig) -> list[Phase]:
-    """The mean alone, then everything, the factor beginning at the residuals if asked to."""
+    """The paper's: the mean alone, then everything, the factor beginning at the residuals if asked to.
+
+    For the likelihood: the mean alone, then independent pixels, then the factor on what these have become.
+    """
     options = cast(SosVaeOptions, config.options)
-    begin = begin_at_residuals if options.residual_start and options.mean_epochs else None
-    rest = options.epochs - options.mean_epochs
-    return [
-        Phase("mean", options.mean_epochs, options.mean_learning_rate, mean_alone, usable=False),
-        Phase("all", rest, options.learning_rate, everything(options.mean_share), begin=begin),
-    ]
+    if options.objective == "paper":
+        begin = begin_at_residuals if options.residual_start and options.mean_epochs else None
+        return paper_phases(options, options.mean_share, begin)
+    return [*likelihood_phases(options, likelihood(options.hold)), Phase("factor", 0, begin=fit_factor)]
 
 
 def default_kappa(image_size: int, rank: int, variance: float) -> float:
@@ -170,8 +238,10 @@ def constraints(config: RunConfig) -> Constraints:
     kappa = options.kappa or default_kappa(config.image_size, options.rank, options.variance)
     floor = 0.5 * config.image_size * log(2 * pi * e * options.variance)
     kl = Constraint("kl", lambda terms: terms.kl, options.target_kl)
+    if options.objective == "likelihood":
+        return options.held(config, [kl])
     entropy = Constraint("entropy", lambda terms: terms.entropy, floor + kappa * options.rank)
-    return Constraints([kl, entropy], options.damping, options.multiplier_lr)
+    return options.held(config, [kl, entropy])
 
 
 register(

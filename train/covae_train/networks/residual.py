@@ -20,7 +20,7 @@ from covae_train.posteriors import NormalPosterior
 # Defaults by the image's longer side: the first row whose limit it does not exceed. The last is SOS-VAE's.
 SIZE_DEFAULTS: tuple[tuple[int, Mapping[str, Any]], ...] = (
     (16, {"widths": (16, 32), "latent_size": 16, "batch_size": 50, "target_kl": 12.0}),
-    (32, {"widths": (16, 32, 64), "latent_size": 32, "batch_size": 100, "target_kl": 8.0}),
+    (32, {"widths": (16, 32, 64), "latent_size": 32, "batch_size": 32, "target_kl": 8.0}),
     (256, {"widths": (64, 128, 256, 512), "latent_size": 128, "batch_size": 25, "target_kl": 45.0}),
 )
 # Adam's learning rate in either phase, up to the second row and above.

@@ -197,6 +197,10 @@ class Density(Drawable):
                 raise too_far("x", images)
         return quadratic.reshape(sample_shape + self._layout.batch_shape)
 
+    def logdet(self) -> Array:
+        """log |Σ| in nats, float64; shape batch_shape."""
+        return self._spread(self._logdet, ())
+
     @abstractmethod
     def _square(self, images: Array) -> Array:
         """The Mahalanobis square of rows, in the density's own precision. images: (N, B, S); returns (N, B), float64"""

@@ -128,12 +128,9 @@ class LowRankNormal(Density):
         roots = xp.sqrt(self._variance_rows)
         white = (images - self._mean_rows) / roots
         factor = self._factor_rows / roots[:, None]
-        squares, vectors = xp.linalg.eigh(backend.gram(self._factor_rows, None, self._variance_rows, exact=True))
-        squares = squares * (squares > 0)
-        root = xp.sqrt(1 + squares)
-        shrink = 1 / (root * (1 + root))  # (1 − 1/√(1 + s²))/s² without the difference
+        shrinkage = backend.whitening(backend.gram(self._factor_rows, None, self._variance_rows, exact=True))
         along = xp.astype(times_transposed(backend, white, factor), xp.float64)
-        inside = times(backend, shrink * times(backend, along, vectors), xp.matrix_transpose(vectors))
+        inside = times(backend, along, shrinkage)
         return self._images(white - times(backend, xp.astype(inside, white.dtype), factor), sample_shape)
 
     def project(self, x: Any) -> Array:

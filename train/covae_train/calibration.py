@@ -1,0 +1,204 @@
+"""The honest end of a training: a spread fitted to images that no step has seen, and the scores of others of them.
+
+A density whose variance was held, as SOS-VAE's D = 1e-5 is, draws coherent images but claims far too little
+uncertainty; one whose variance was trained claims a little too little, as trained images are better known than others.
+So with everything else frozen, a variance and the scale of each of the factor's columns are fitted to a third of the
+unseen images by maximum likelihood; the model then scores, whitens and calibrates with them, and goes on drawing with
+its own (`ImageModel.scoring_density`). The other images' scores are what a score is compared with
+(`covae_core.calibration`).
+
+A run's folder keeps both in one file, which says of what checkpoint it is; the checkpoint itself is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from covae_core.calibration import Calibration, calibrate_on, parts_of
+from covae_core.densities import Density
+from covae_core.images import channels_last
+from covae_core.surprise import surprise
+from covae_train.data import ImageData
+from covae_train.errors import CheckpointError, DataError
+from covae_train.heads import fit, kept
+from covae_train.image_model import FLOOR, FittedSpread, ImageModel, Vae
+
+CALIBRATION_FILE = "calibration.safetensors"
+# Of the unseen images, at most so many fit a spread, and at most so many are scored.
+FIT_IMAGES, SCORED_IMAGES = 1000, 2000
+FIT_RATE = 0.02
+BATCH = 100
+# Fewer images than this say too little.
+FEWEST = 20
+
+
+@dataclass(frozen=True)
+class FittedCalibration:
+    """What a run's folder keeps: the spread, if its model takes one, and the scores of unseen images."""
+
+    spread: FittedSpread | None
+    scores: Calibration
+
+
+def unseen_images(data: ImageData, limit: int | None) -> tuple[str, Tensor]:
+    """Images that a run was not trained on, in random order, and what they are.
+
+    Those kept aside; of a run that kept none, the training images beyond its limit, or the validation images, or the
+    first half of those held out.
+
+    data: as `images_of` gives it, with all training images; limit: how many of them the run saw, None for all.
+
+    Raises:
+        DataError: there are fewer than FEWEST.
+    """
+    choices = [
+        ("kept aside", data.aside),
+        ("beyond the limit", None if limit is None else data.train[limit:]),
+        ("of validation", data.validation),
+        ("held out, the first half", data.held_out[: len(data.held_out) // 2]),
+    ]
+    for what, images in choices:
+        if images is not None and len(images) >= FEWEST:
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+            return what, images[order]
+    raise DataError(
+        f"{data.name}: found fewer than {FEWEST} images that the run was not trained on; expected {FEWEST} at least, "
+        "to calibrate scores on: train with --aside"
+    )
+
+
+def calibrate_model(
+    model: ImageModel,
+    images: Tensor,
+    data: str,
+    run_digest: str,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> FittedCalibration:
+    """Fit a spread to a third of the images and score the rest; the model gets the spread.
+
+    images: (N, C, H, W) uint8, none of them trained on; a pure function of its arguments.
+    """
+    fitted = min(FIT_IMAGES, max(1, len(images) // 3))
+    scored = images[fitted : fitted + SCORED_IMAGES]
+    spread = None
+    if isinstance(model, Vae):
+        model.spread = None
+        spread = model.spread = fit_spread(model, images[:fitted], seed, on_step)
+    parts = [parts_of_images(model, part) for part in (images[:fitted], scored)]
+    return FittedCalibration(spread, calibrate_on(data, run_digest, *parts))
+
+
+@torch.no_grad()
+def parts_of_images(model: ImageModel, images: Tensor) -> dict[str, np.ndarray[Any, Any]]:
+    """The parts of the images' scores, (N,) each; see `covae_core.calibration.parts_of`. images: (N, C, H, W) uint8"""
+    rows = []
+    for batch in torch.split(images, BATCH):
+        found = surprise(model, batch.float() / 255)
+        values = {name: value.numpy() for name, value in found._asdict().items()}
+        rows.append(parts_of(channels_last(batch.numpy()), **values))
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+@torch.no_grad()
+def fit_spread(
+    model: Vae, images: Tensor, seed: int, on_step: Callable[[int, int], None] = lambda done, total: None
+) -> FittedSpread:
+    """The likeliest variance and columns' scales for images at draws from their posteriors, all else standing still.
+
+    images: (N, C, H, W) uint8
+    """
+    random = torch.Generator().manual_seed(seed)
+    features, pixels = kept(_at_draws(model, images, random))
+    rank = getattr(model.head.scoring_density(features[:2]), "rank", 0)
+    spread = FittedSpread(features.shape[1], pixels.shape[1], rank, getattr(model.head, "floor", None) or FLOOR)
+    _begin(spread, model, features, pixels)
+
+    def density(rows: Tensor) -> Density:
+        with torch.no_grad():
+            found = model.head.scoring_density(features[rows])
+        return spread.of(found, features[rows])
+
+    fit({FIT_RATE: list(spread.parameters())}, density, pixels, random, on_step)
+    return spread.requires_grad_(False).eval()
+
+
+def _at_draws(model: Vae, images: Tensor, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features at draws from the posteriors, and the images in [0, 1]."""
+    for batch in torch.split(images, BATCH):
+        unit = batch.float() / 255
+        posterior = model.posteriors(unit)["latent"]
+        yield model.features({"latent": posterior.draw(torch.randn(posterior.mean.shape, generator=random))}), unit
+
+
+@torch.no_grad()
+def _begin(spread: FittedSpread, model: Vae, features: Tensor, pixels: Tensor) -> None:
+    """Where the head has learned a variance it goes on from there; else from the mean square of the residuals."""
+    learned = getattr(model.head, "variance", None)
+    if isinstance(learned, nn.Conv2d) and learned.weight.shape == spread.variance.weight.shape:
+        spread.variance.load_state_dict(learned.state_dict())
+        return
+    squares = [
+        (part - model.head.density(maps).mean).square().mean()
+        for maps, part in zip(torch.split(features, BATCH), torch.split(pixels, BATCH), strict=True)
+    ]
+    assert spread.variance.bias is not None
+    spread.variance.weight.zero_()
+    spread.variance.bias.fill_(float(torch.stack(squares).mean())).expm1_().log_()
+
+
+def save_calibration(folder: Path, found: FittedCalibration) -> None:
+    """Write it into a run's folder, atomically.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = folder / CALIBRATION_FILE
+    draft = path.with_suffix(".draft")
+    tensors = {} if found.spread is None else dict(found.spread.state_dict())
+    try:
+        save_file(tensors, draft, metadata={"scores": json.dumps(found.scores.to_json())})
+        draft.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+
+
+def load_calibration(folder: Path, data: str, run_digest: str) -> FittedCalibration | None:
+    """What a run's folder keeps; None if nothing.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another checkpoint or other data.
+    """
+    path = folder / CALIBRATION_FILE
+    if not path.is_file():
+        return None
+    again = f"`covae calibrate {folder}` makes another"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            scores = Calibration.from_json(json.loads(file.metadata()["scores"]))
+        spread = None
+        if tensors:
+            channels, width = tensors["variance.weight"].shape[:2]
+            spread = FittedSpread(width, channels, len(tensors["log_scales"]))
+            spread.load_state_dict(tensors)
+            spread.requires_grad_(False).eval()
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: the calibration is damaged ({error}); {again}") from error
+    if scores.run_digest != run_digest:
+        raise CheckpointError(
+            f"{path}: it is of a checkpoint {scores.run_digest[:12]}, the run's is {run_digest[:12]}; {again}"
+        )
+    if scores.data != data:
+        raise CheckpointError(f"{path}: its scores are of {scores.data!r}, the run's data is {data!r}; {again}")
+    return FittedCalibration(spread, scores)
