@@ -199,7 +199,8 @@ def test_an_operation_of_another_run_is_not_taken_for_the_missing_one(triton, cl
 
 def test_operations_of_different_runs_are_refused(triton, client):
     triton.digests["toy_score"] = "another"
-    with pytest.raises(errors.ServerFault, match=r"different training runs \(decode 0123abcd, .*score another, surprise 0123abcd\)"):
+    words = r"different training runs \(decode 0123abcd, .*score another, surprise 0123abcd\)"
+    with pytest.raises(errors.ServerFault, match=words):
         client.model("toy")
 
 

@@ -14,8 +14,8 @@ FLOORS = ("clients/src/covae_core", "clients/src/covae_client", "train/covae_tra
 # Families, and what several of them are made of: these may name options.
 THEIRS = ("train/covae_train/families/", "train/covae_train/networks/")
 SHARED = {"train/covae_train/mean_first.py", "train/covae_train/fitted_normal.py"}
-# Words that densities, constraints and PIL have in common with some options.
-COMMON_WORDS = {"variance", "rank", "damping", "fit"}
+# Words that densities, heads, losses, constraints, surprise and PIL have in common with some options.
+COMMON_WORDS = {"variance", "rank", "damping", "fit", "floor", "objective", "maps"}
 DENSITY_KINDS = {"low-rank-normal"}
 
 

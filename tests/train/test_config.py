@@ -77,10 +77,11 @@ def test_every_size_has_defaults_that_are_valid(size, family):
 
 
 def test_from_33_pixels_on_the_defaults_are_the_papers():
-    config = make_config(family="sos-vae", data="x", image_shape=(64, 64, 3)).options
+    whole = make_config(family="sos-vae", data="x", image_shape=(64, 64, 3), objective="paper")
+    config, held = whole.options, find_family("sos-vae").constraints(whole)
     assert (config.widths, config.latent_size, config.rank) == ((64, 128, 256, 512), 128, 25)
     assert (config.target_kl, config.batch_size, config.learning_rate) == (45.0, 25, 1e-4)
-    assert (config.variance, config.damping, config.multiplier_lr) == (1e-5, 250.0, 25.0)
+    assert (config.variance, held.damping, held.learning_rate, held.momentum) == (1e-5, 250.0, 25.0, 0.0)
     assert not config.residual_start
 
 
@@ -98,7 +99,7 @@ def test_a_saved_configuration_comes_back_equal(family, tmp_path):
 
 def test_the_entropy_target_decodes_the_papers_number():
     shape, paper_target = (218, 178, 3), -504_750
-    config = make_config(family="sos-vae", data="celeba", image_shape=shape, kappa=7.6)
+    config = make_config(family="sos-vae", data="celeba", image_shape=shape, kappa=7.6, objective="paper")
     wanted = targets(config)
     assert config.image_size == 116_412
     floor = wanted["entropy"] - 7.6 * config.options.rank
@@ -109,7 +110,7 @@ def test_the_entropy_target_decodes_the_papers_number():
 
 
 def test_the_papers_grey_64_by_64_target_is_5_46_nats_a_component():
-    config = make_config(family="sos-vae", data="celeba-gray", image_shape=(64, 64, 1), kappa=5.46)
+    config = make_config(family="sos-vae", data="celeba-gray", image_shape=(64, 64, 1), kappa=5.46, objective="paper")
     assert targets(config)["entropy"] == pytest.approx(-17_630, abs=0.5)
 
 

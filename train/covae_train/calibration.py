@@ -12,6 +12,7 @@ A run's folder keeps both in one file, which says of what checkpoint it is; the 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from covae_core.images import channels_last
 from covae_core.surprise import surprise
 from covae_train.data import ImageData
 from covae_train.errors import CheckpointError, DataError
-from covae_train.heads import fit, kept
+from covae_train.heads import fit, kept, start_variance
 from covae_train.image_model import FLOOR, FittedSpread, ImageModel, Vae
 
 CALIBRATION_FILE = "calibration.safetensors"
@@ -143,18 +144,20 @@ def _at_draws(model: Vae, images: Tensor, random: torch.Generator) -> Iterator[t
 
 @torch.no_grad()
 def _begin(spread: FittedSpread, model: Vae, features: Tensor, pixels: Tensor) -> None:
-    """Where the head has learned a variance it goes on from there; else from the mean square of the residuals."""
-    learned = getattr(model.head, "variance", None)
-    if isinstance(learned, nn.Conv2d) and learned.weight.shape == spread.variance.weight.shape:
-        spread.variance.load_state_dict(learned.state_dict())
-        return
+    """It begins at the variance that the head has learned, or at the residuals' mean square, whichever is likelier."""
     squares = [
         (part - model.head.density(maps).mean).square().mean()
         for maps, part in zip(torch.split(features, BATCH), torch.split(pixels, BATCH), strict=True)
     ]
-    assert spread.variance.bias is not None
-    spread.variance.weight.zero_()
-    spread.variance.bias.fill_(float(torch.stack(squares).mean())).expm1_().log_()
+    start_variance(spread.variance, float(torch.stack(squares).mean()))
+    learned = getattr(model.head, "variance", None)
+    if not isinstance(learned, nn.Conv2d):
+        return
+    even, density = copy.deepcopy(spread.state_dict()), model.head.scoring_density(features[:BATCH])
+    likelihood = float(spread.of(density, features[:BATCH]).log_prob(pixels[:BATCH]).mean())
+    spread.variance.load_state_dict(learned.state_dict())
+    if float(spread.of(density, features[:BATCH]).log_prob(pixels[:BATCH]).mean()) < likelihood:
+        spread.load_state_dict(even)
 
 
 def save_calibration(folder: Path, found: FittedCalibration) -> None:

@@ -133,10 +133,10 @@ def load_images(
 
 def _set_aside(data: str, images: Tensor, aside: int | None) -> tuple[Tensor, Tensor | None]:
     count = min(MAX_ASIDE, len(images) // 6) if aside is None else aside
-    if count > len(images) - 2:
-        raise DataError(f"--aside: found {count}; {data} has {len(images)} training images, expected 2 of them to stay")
     if not count:
         return images, None
+    if count > len(images) - 2:
+        raise DataError(f"--aside: found {count}; {data} has {len(images)} training images, expected 2 of them to stay")
     back = torch.zeros(len(images), dtype=torch.bool)
     back[torch.from_numpy(np.random.default_rng(1).permutation(len(images))[:count])] = True
     return images[~back], images[back]

@@ -47,6 +47,14 @@ def fit(
             on_step(step + 1, STEPS)
 
 
+def start_variance(layer: nn.Conv2d, variance: float) -> None:
+    """A head whose softplus is one variance everywhere, to begin with."""
+    assert layer.bias is not None
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.fill_(variance).expm1_().log_()
+
+
 def kept(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Pairs of features and images, in batches, as far as FEATURE_BYTES hold them; one batch at least."""
     features, images, size = [], [], 0

@@ -178,7 +178,7 @@ class MeanFirstHead(DensityHead):
         super().__init__()
         self.mean = pointwise_head(in_width, channels, MEAN_BIAS)
         self.variance = None if floor is None else pointwise_head(in_width, channels, log(expm1(floor)))
-        self.softplus = nn.Softplus()
+        self.softplus = nn.Identity() if floor is None else nn.Softplus()
         self.mean_variance, self.floor = mean_variance, floor
 
     def variances(self, features: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from covae_core.densities import DiagonalNormal, HasEntropy
 from covae_train.config import ImageShape, RunConfig
 from covae_train.families import Constraints
-from covae_train.heads import CLIP
+from covae_train.heads import CLIP, start_variance
 from covae_train.image_model import FLOOR, MeanFirstHead, Vae
 from covae_train.networks.residual import ResidualOptions
 from covae_train.objective import Batch, Constraint, Terms, encoded
@@ -21,6 +21,7 @@ from covae_train.phases import Begin, Loss, Phase, TrainingImages
 # Of the likelihood's constraints: the multipliers' learning rate and damping, and the violations' momentum. The paper's
 # damping, times its D over the variance that a mean leaves, is a thousand times weaker than its 250.
 MULTIPLIER_LR, DAMPING, MOMENTUM = 0.05, 0.5, 0.9
+PAPER_MULTIPLIER_LR, PAPER_DAMPING = 25.0, 250.0
 # The least variances by the image's longer side. The smallest are the digits' kind: 17 grey levels, whose rounding has
 # a variance of 3e-4; then drawings on an even ground, which a byte's rounding, 1.3e-6, describes; above, FLOOR.
 FLOORS = ((16, 3e-4), (32, 1e-6))
@@ -35,10 +36,6 @@ Objective = Literal["likelihood", "paper"]
 Hold = Literal["none", "joint", "apart"]
 
 
-def _paper_or(paper: float, likelihood: float) -> Callable[[dict[str, Any]], float]:
-    return lambda given: paper if given.get("objective") == "paper" else likelihood
-
-
 class ObjectiveOptions(ResidualOptions):
     """Of a family that is trained for its likelihood, or as its paper has it.
 
@@ -48,14 +45,11 @@ class ObjectiveOptions(ResidualOptions):
 
     objective: Objective = Field("paper", description="likelihood, all variances learned; or the paper's")
     floor: PositiveFloat = Field(FLOOR, description="of the likelihood, the least learned variance of a pixel")
-    multiplier_lr: PositiveFloat = Field(
-        default_factory=_paper_or(25.0, MULTIPLIER_LR),
-        description=f"the multipliers' learning rate  [{MULTIPLIER_LR:g}, paper: 25]",
+    multiplier_lr: PositiveFloat | None = Field(
+        None, description=f"the multipliers' learning rate  [{MULTIPLIER_LR:g}, paper: {PAPER_MULTIPLIER_LR:g}]"
     )
-    damping: float = Field(
-        default_factory=_paper_or(250.0, DAMPING),
-        ge=0,
-        description=f"of the constraints, per nat per image  [{DAMPING:g}, paper: 250]",
+    damping: NonNegativeFloat | None = Field(
+        None, description=f"of the constraints, per nat per image  [{DAMPING:g}, paper: {PAPER_DAMPING:g}]"
     )
 
     def held(self, config: RunConfig, items: Sequence[Constraint]) -> Constraints:
@@ -63,10 +57,14 @@ class ObjectiveOptions(ResidualOptions):
 
         The likelihood's multipliers are in true proportion to the image's: smaller images, smaller steps.
         """
-        if self.objective == "paper":
-            return Constraints(items, self.damping, self.multiplier_lr)
+        paper = self.objective == "paper"
+        usual = (PAPER_DAMPING, PAPER_MULTIPLIER_LR) if paper else (DAMPING, MULTIPLIER_LR)
+        damping = usual[0] if self.damping is None else self.damping
+        rate = self.multiplier_lr or usual[1]
+        if paper:
+            return Constraints(items, damping, rate)
         scale = min(1.0, config.image_size / FULL_SIZE)
-        return Constraints(items, scale * self.damping, scale * self.multiplier_lr, MOMENTUM)
+        return Constraints(items, scale * damping, scale * rate, MOMENTUM)
 
 
 def objective_defaults(image_shape: ImageShape) -> dict[str, Any]:
@@ -158,13 +156,6 @@ def shown(model: Vae, training: TrainingImages, limit: int) -> Iterator[tuple[Te
     for batch in training.batches(limit):
         latent = model.posteriors(batch.images)["latent"].draw(batch.noise["latent"])
         yield model.features({"latent": latent}), batch.images
-
-
-def start_variance(layer: nn.Conv2d, variance: float) -> None:
-    """A head whose softplus is one variance everywhere, to begin with."""
-    assert layer.bias is not None
-    layer.weight.zero_()
-    layer.bias.fill_(variance).expm1_().log_()
 
 
 def paper_phases(options: ResidualOptions, mean_share: float = 0.0, begin: Begin | None = None) -> list[Phase]:

@@ -120,6 +120,10 @@ class Calibration:
         """N."""
         return len(self.statistics)
 
+    def statistic(self, parts: Mapping[str, Floats]) -> Floats:
+        """What p-values rank, the larger the odder. parts: as `parts_of` gives them, (M,) each; returns (M,)"""
+        return self._statistic(self._units(parts))
+
     def judge(self, parts: Mapping[str, Floats]) -> Judgement:
         """P-values and what lies behind them. parts: as `parts_of` gives them, (M,) each"""
         units = self._units(parts)

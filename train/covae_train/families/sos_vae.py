@@ -201,15 +201,9 @@ def build(config: RunConfig) -> Vae:
 def defaults(image_shape: ImageShape) -> Mapping[str, Any]:
     """Up to 32×32 eight columns, for the paper's objective with a held mean; above, the paper's 25."""
     small = max(image_shape[:2]) <= SMALL_SIDE
-    hold = "apart" if 16 < max(image_shape[:2]) <= SMALL_SIDE else "joint"
-    own = {"rank": 8, "mean_share": 0.05} if small else {"rank": 25}
-    return {
-        **size_defaults(image_shape),
-        **objective_defaults(image_shape),
-        "residual_start": True,
-        "hold": hold,
-        **own,
-    }
+    own: dict[str, Any] = {"rank": 8, "mean_share": 0.05} if small else {"rank": 25}
+    own["residual_start"] = small
+    return {**size_defaults(image_shape), **objective_defaults(image_shape), **own}
 
 
 def phases(config: RunConfig) -> list[Phase]:

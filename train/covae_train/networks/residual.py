@@ -44,8 +44,6 @@ class ResidualOptions(NetworkOptions):
     )
     mean_learning_rate: PositiveFloat = Field(description="Adam's, while only the mean is trained")
     target_kl: PositiveFloat = Field(description="ξ_KL, nats per image")
-    multiplier_lr: PositiveFloat = Field(25.0, description="the multipliers' learning rate")
-    damping: float = Field(250.0, ge=0, description="of the constraints, per nat per image")
 
     @model_validator(mode="after")
     def _check_epochs(self) -> Self:
