@@ -22,6 +22,7 @@ HEADINGS = (
     "Edit a few pixels, the rest follows",
     "What varies, and what varies together",
     "How likely is an image?",
+    "Where is an image odd?",
     "Latency",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import platform
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from covae_apps.demo import figures
 from covae_apps.demo.tour import SAMPLES, SCORE_SAMPLES, SWEEP, Edit, Images, Tour
+from covae_client.maps import draw_map
 from covae_core.images import channels_last, contact_sheet, encode_png
 from covae_train.data import ImageData
 
@@ -66,6 +68,7 @@ def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], 
         _edit(tours),
         _maps(tours),
         _scores(tours),
+        _odd(tours),
         _latencies(tours),
     ]
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
@@ -199,10 +202,29 @@ def _scores(tours: Sequence[Tour]) -> str:
     return _section(
         "How likely is an image?",
         f"Importance-weighted bounds with {SCORE_SAMPLES} samples for held-out images, the same images rotated, and "
-        "uniform noise. Bits per dimension of the density at the 8-bit values, without dequantisation: figures of the "
-        "two models compare only as far as their densities do. SOS-VAE fixes the variance off its factor, so "
-        "whatever its factor does not span costs it much.",
+        "uniform noise. Bits per dimension of the density at the 8-bit values, without dequantisation.",
         _picture(figures.score_histograms(tours), "histograms of bits per dimension"),
+    )
+
+
+def _odd(tours: Sequence[Tour]) -> str:
+    parts = []
+    for tour in tours:
+        for image, surprise, p_value in zip(tour.odd.images, tour.odd.surprise, tour.odd.p_values, strict=True):
+            buffer = io.BytesIO()
+            draw_map(image, surprise).save(buffer, "PNG")
+            said = "no calibration" if np.isnan(p_value) else f"p = {p_value:.3f}"
+            caption = escape(f"{tour.name}: {said}")
+            parts.append(
+                f'<figure><img width="392" alt="{caption}" src="{_data_url(buffer.getvalue())}">'
+                f"<figcaption>{caption}</figcaption></figure>"
+            )
+    return _section(
+        "Where is an image odd?",
+        "A held-out image, and the same with a scratch; beside each its surprise: the whitened residual, 3×3 pixels "
+        "added up, in standard deviations. A p-value is the rank among images that no training step has seen; usual "
+        "images have any, odd ones small ones.",
+        _row(parts),
     )
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from rich.table import Table
 from covae_apps.demo.page import SummaryRow, write_page
 from covae_apps.demo.tour import SCORE_SAMPLES, Tour, take_tour
 from covae_client import Client, Model
+from covae_core.calibration import Calibration
 from covae_core.contract import ModelSpec, served_name
 from covae_core.errors import CovaeError
 from covae_core.files import check_writable
@@ -28,14 +28,16 @@ from covae_serving.repository import read_model
 from covae_serving.service import Service
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData, load_images
-from covae_train.families.sos_vae import SosVaeOptions
-from covae_train.measures.coherence import lag1_autocorrelation
+from covae_train.measures.calibration import whitened
+from covae_train.measures.coherence import lag1, lag1_autocorrelation
 from covae_train.measures.reconstruction import mean_error
 from covae_train.measures.training_time import seconds_per_epoch
-from covae_train.run import TrainedRun, has_run, load_run
+from covae_train.run import TrainedRun, has_run, load_config, load_run
 from covae_train.training import Trainer
 
 FAMILIES = ("sos-vae", "beta-vae")
+# Held-out images whose residuals are looked at.
+CHECKED = 500
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def run_demo(
     find_installation()
     check_writable(places.page)
     console.rule("1  data")
-    images = load_images(data, image_size, channels)
     name = Path(data).stem
+    begun = [load_config(places.runs / f"{name}-{one}") for one in FAMILIES if has_run(places.runs / f"{name}-{one}")]
+    images = load_images(data, image_size, channels, aside=begun[0].aside if begun else None)
     console.print(f"{name}: {len(images.train):,} images to train on, {len(images.held_out):,} held out")
     runs = [_train(family, name, images, places, console) for family in FAMILIES]
     for run in runs:
@@ -110,7 +113,7 @@ def _train(family: str, name: str, images: ImageData, places: Places, console: C
 
 def _export(run: TrainedRun, repository: Path, console: Console) -> None:
     console.rule(f"3  export {run.run_id}")
-    if _published_digest(repository, run.run_id) == run.digest:
+    if _published(repository, run.run_id) == (run.digest, run.calibration):
         console.print(f"{run.run_id}: already in {repository}")
         return
     with console.status("exporting") as status:
@@ -124,8 +127,8 @@ def _export(run: TrainedRun, repository: Path, console: Console) -> None:
     )
 
 
-def _published_digest(repository: Path, name: str) -> str | None:
-    """The checkpoint that all operations of a model were exported from; None if they are not all there."""
+def _published(repository: Path, name: str) -> tuple[str, Calibration | None] | None:
+    """The checkpoint and calibration that all operations of a model are of; None if they are not all there."""
     try:
         found = [
             read_model(repository, name, one) for one in OPERATIONS if (repository / served_name(name, one)).is_dir()
@@ -135,7 +138,8 @@ def _published_digest(repository: Path, name: str) -> str | None:
         return None
     whole = bool(specs) and {model.operation for model in found} == set(specs[0].operations)
     digests = {spec.run_digest for spec in specs}
-    return digests.pop() if whole and len(digests) == 1 else None
+    same = len(digests) == 1 and all(spec.calibration == specs[0].calibration for spec in specs)
+    return (digests.pop(), specs[0].calibration) if whole and same else None
 
 
 def _use(runs: Sequence[TrainedRun], images: ImageData, repository: Path, console: Console) -> list[Tour]:
@@ -156,12 +160,14 @@ def _tour(model: Model, held_out: NDArray[np.uint8], say: object) -> Tour:
 
 def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour]) -> list[SummaryRow]:
     scores = [tour.scores["held out"] for tour in tours]
-    floor = cast(SosVaeOptions, runs[0].config.options).variance
+    turned = next(name for name in tours[0].scores if name not in ("held out", "uniform noise"))
+    found = [whitened(run, images.held_out[:CHECKED], 0) for run in runs]
     return [
         SummaryRow(
             "lag-1 autocorrelation of sample − mean",
             [f"{lag1_autocorrelation(run):z.2f}" for run in runs],
-            "How alike neighbouring pixels deviate from the mean: 0 is independent noise.",
+            "How alike neighbouring pixels deviate from the mean: 0 is independent noise; held-out images deviate from "
+            f"their decoded means with {lag1(found[0][2]):.2f}.",
         ),
         SummaryRow(
             "RMSE of the decoded mean",
@@ -169,11 +175,25 @@ def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour
             "Over held-out images, pixels in [0, 1].",
         ),
         SummaryRow(
+            "mean squared whitened residual",
+            [f"{float(squares.mean()):.2f}" for squares, *_ in found],
+            "Of held-out images under the density that scores: 1 where the uncertainty it claims is true.",
+        ),
+        SummaryRow(
+            "held out with p ≤ 0.05",
+            [_share(tour.scores["held out"].p_value) for tour in tours],
+            f"Of {len(scores[0].elbo)} images; 0.05 is nominal.",
+        ),
+        SummaryRow(
+            f"{turned} with p ≤ 0.05",
+            [_share(tour.scores[turned].p_value) for tour in tours],
+            "The same images, turned: how many are found odd; 1 is the most there is.",
+        ),
+        SummaryRow(
             "log-likelihood bound, nats per image",
             [f"{s.log_likelihood_bound.mean():,.0f}" for s in scores],
             f"{len(scores[0].elbo)} held-out images, K = {SCORE_SAMPLES} weights; a density over pixels in [0, 1], so "
-            "above 0 is normal. Compare models of one family by it: SOS-VAE pays "
-            f"r²/(2·{floor:g}) for every residual r that its factor does not span, the β-VAE learns its variance.",
+            "above 0 is normal.",
         ),
         SummaryRow(
             "ELBO, nats per image",
@@ -189,6 +209,10 @@ def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour
             for operation in tours[0].latencies_s
         ),
     ]
+
+
+def _share(p_values: NDArray[np.float64]) -> str:
+    return "–" if np.isnan(p_values).any() else f"{np.mean(p_values <= 0.05):.2f}"
 
 
 def _table(runs: Sequence[TrainedRun], summary: Sequence[SummaryRow]) -> Table:

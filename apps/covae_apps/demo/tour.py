@@ -37,6 +37,15 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Odd:
+    """A held-out image as it is and with a scratch: uint8 (2, H, W, C), their surprise (2, C, H, W), their p-values."""
+
+    images: Images
+    surprise: NDArray[np.float32]
+    p_values: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Tour:
     """What one model showed. Images are uint8 (…, H, W, C); maps float (H, W); latencies seconds per request."""
 
@@ -52,6 +61,7 @@ class Tour:
     covariance: NDArray[np.floating[Any]]
     pixel: tuple[int, int]
     scores: dict[str, Scores]
+    odd: Odd
     latencies_s: dict[str, NDArray[np.float64]]
 
 
@@ -81,6 +91,7 @@ def take_tour(model: Model, held_out: Images, say: Callable[[str], None]) -> Tou
         covariance=density.covariance_with((0, *pixel))[0],
         pixel=pixel,
         scores=scores,
+        odd=_scratch(model, held_out[0]),
         latencies_s=_time(model, latent, samples[0], edit),
     )
 
@@ -141,6 +152,16 @@ def _score(model: Model, held_out: Images) -> dict[str, Scores]:
     turned = np.rot90(images, axes=(1, 2)) if height == width else images[:, ::-1]
     sets = {"held out": images, "rotated by 90°" if height == width else "upside down": turned, "uniform noise": noise}
     return {name: model.score(np.ascontiguousarray(x), num_samples=SCORE_SAMPLES) for name, x in sets.items()}
+
+
+def _scratch(model: Model, image: Images) -> Odd:
+    """A diagonal of three quarters of the image turned over, from white to black or back."""
+    scratched = image.copy()
+    side = min(image.shape[:2])
+    places = np.arange(side // 8, side - side // 8)
+    scratched[places, places] = 255 - scratched[places, places]
+    images = np.stack([image, scratched])
+    return Odd(images, model.surprise(images).maps, model.score(images, num_samples=SCORE_SAMPLES).p_value)
 
 
 def _time(model: Model, latent: NDArray[np.float32], image: Images, edit: Edit) -> dict[str, NDArray[np.float64]]:
