@@ -10,6 +10,7 @@ import torch
 
 from covae_client import BeyondReach
 from covae_client.errors import InvalidArgument, NotFound
+from covae_client.plans import image_index
 from covae_core.images import channels_first, channels_last, to_uint8, to_unit
 from covae_core.importance import importance_weights
 from covae_core.noise import Stream, row_seeds
@@ -67,7 +68,7 @@ def test_export_agrees_with_torch_and_offers_what_the_model_can_do(name, exporte
     found = exported[1][name]
     assert all(item.acceptable for item in found.disagreements)
     offered = {item.operation.name for item in found.disagreements}
-    wanted = set(OPERATIONS) if run.model.latents else {"sample", "draw", "condition", "score"}
+    wanted = set(OPERATIONS) if run.model.latents else {"sample", "draw", "condition", "score", "surprise"}
     assert offered == wanted
     assert offered == {path.name.rpartition("_")[2] for path in exported[0].glob(f"{name}_*")}
 
@@ -146,7 +147,7 @@ def test_score(model, run, pictures):
     found = model.score(pictures, num_samples=4, seed=5)
     double = run.model.double()
     noise = {}
-    seeds = torch.from_numpy(row_seeds(5, np.arange(9) * 4096))
+    seeds = torch.from_numpy(row_seeds(5, np.array([image_index(picture) for picture in pictures]) * 4096))
     for (key, shape), stream in zip(run.model.latents.items(), (Stream.POSTERIOR, Stream.POSE_POSTERIOR), strict=False):
         normals = standard_normal(seeds, 4 * int(np.prod(shape)), stream, torch.float64)
         noise[key] = normals.reshape(9, 4, *shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from covae_client.plans import SCORE_CALLS
+from covae_client.plans import SCORE_CALLS, image_index
 from covae_client.scoring import summarise
 from covae_core.images import channels_first
 from covae_core.noise import Stream, row_seeds, uniform
@@ -23,9 +23,9 @@ SAMPLES = 20
 WEIGHT_TOLERANCE = 0.05
 
 
-def posterior_noise(model, index: int, seed: int) -> np.ndarray:
-    """The standard normals in float64 behind the weights of the image `index`. shape: (SAMPLES, *latent_shape)"""
-    calls = row_seeds(seed, index * SCORE_CALLS + np.arange(SAMPLES // model.spec.score_samples))
+def posterior_noise(model, image: np.ndarray, seed: int) -> np.ndarray:
+    """The standard normals in float64 behind the weights of an image, (H, W, C). shape: (SAMPLES, *latent_shape)"""
+    calls = row_seeds(seed, image_index(image) * SCORE_CALLS + np.arange(SAMPLES // model.spec.score_samples))
     shape = (model.spec.score_samples, *model.spec.latents["latent"])
     half = (np.prod(shape) + 1) // 2
     numbers = uniform(calls, 2 * half, Stream.POSTERIOR)
@@ -50,13 +50,13 @@ def oracle(network, model, images: np.ndarray, seed: int) -> np.ndarray:
     """log p(x|z) + log p(z) − log q(z|x), everything in float64. shape: (N, SAMPLES)"""
     network = copy.deepcopy(network).double()
     weights = []
-    for index, image in enumerate(torch.from_numpy(channels_first(images)).double() / 255):
+    for pixels, image in zip(images, torch.from_numpy(channels_first(images)).double() / 255, strict=True):
         found = network.posteriors(image[None])["latent"]
         mean, scale = found.mean[0], found.scale[0]
-        latent = mean + scale * torch.from_numpy(posterior_noise(model, index, seed))
+        latent = mean + scale * torch.from_numpy(posterior_noise(model, pixels, seed))
         prior = Independent(Normal(torch.zeros_like(mean), 1), 1)
         posterior = Independent(Normal(mean, scale), 1)
-        log_prob = dense_log_prob(network.density({"latent": latent}), image)
+        log_prob = dense_log_prob(network.scoring_density({"latent": latent}), image)
         weights.append(log_prob + prior.log_prob(latent) - posterior.log_prob(latent))
     return torch.stack(weights).numpy()
 
@@ -81,7 +81,9 @@ def test_bound_elbo_and_bits_are_consistent(model, held_out):
     scores = model.score(held_out[:8], num_samples=50)
 
     assert (scores.log_likelihood_bound >= scores.elbo).all()  # Jensen
-    assert (scores.standard_error >= 0).all()
+    # An error is given where enough weights carry the sum, and nowhere else.
+    np.testing.assert_array_equal(np.isfinite(scores.standard_error), scores.effective_sample_size >= 10)
+    assert (scores.standard_error[np.isfinite(scores.standard_error)] >= 0).all()
     assert ((scores.effective_sample_size >= 1) & (scores.effective_sample_size <= 50)).all()
     bits = -(scores.log_likelihood_bound / 64 - np.log(255)) / np.log(2)
     np.testing.assert_allclose(scores.bits_per_dim, bits, rtol=1e-12)
@@ -136,8 +138,4 @@ def test_a_weight_is_made_of_its_parts(model, held_out):
 
     total = parts["log_likelihood"] + parts["log_prior"] - parts["log_posterior"]
     np.testing.assert_allclose(parts["log_weight"], total, rtol=1e-12)
-    # log p(x|z) is the distance but for what does not depend on the image.
-    rest = parts["log_likelihood"] + 0.5 * parts["distance"]
     assert (parts["distance"] > 0).all()
-    if model.spec.family == "sos-vae":
-        assert np.abs(rest).max() < 0.05 * parts["distance"].max()

@@ -30,15 +30,16 @@ def surprise(model: Model, images: Array) -> Surprise:
     """Images against the density of their own posteriors' means. images: (B, C, H, W) in [0, 1]"""
     xp = backend_of(images).xp
     posteriors = model.posteriors(images) if model.latents else {}
-    density = model.scoring_density({name: item.mean for name, item in posteriors.items()}, images.shape[0])
+    latents = {name: item.mean for name, item in posteriors.items()}
+    density = model.scoring_density(latents, images.shape[0]).to(xp.float64)
     assert isinstance(density, Whitening)
-    exact = density.to(xp.float64)
-    residual = exact.distance(xp.astype(images, xp.float64))
+    pixels = xp.astype(images, xp.float64)
+    residual = density.distance(pixels)
     latent = xp.zeros_like(residual)
     for name, posterior in posteriors.items():
-        latent = latent + xp.astype(posterior.kl(model.prior(name)), xp.float64)
-    logdet = xp.zeros_like(residual) + exact.logdet()
-    return Surprise(density.whiten(images), residual, logdet, latent)
+        latent = latent + posterior.to(xp.float64).kl(model.prior(name))
+    logdet = xp.zeros_like(residual) + density.logdet()
+    return Surprise(xp.astype(density.whiten(pixels), images.dtype), residual, logdet, latent)
 
 
 def patch_sums(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
