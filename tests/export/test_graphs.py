@@ -37,7 +37,8 @@ ELEMENT_TYPES = {
 CUDA_OPERATORS = {
     "Abs", "Add", "BatchNormalization", "Cast", "CastLike", "Concat", "Constant", "Conv", "ConvTranspose",
     "Cos", "Div", "Equal", "Exp", "Expand", "Gather", "Greater", "Identity", "Log", "MatMul", "Max", "Min",
-    "Mod", "Mul", "Neg", "Pad", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceSum", "Relu", "Reshape", "Resize", "Round", "Shape",
+    "Mod", "Mul", "Neg", "Pad", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceSum", "Relu", "Reshape",
+    "Resize", "Round", "Shape",
     "Sin", "Slice", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 
