@@ -21,7 +21,7 @@ from torch import Tensor
 from covae_core.calibration import Calibration
 from covae_train.calibration import parts_of_images
 from covae_train.data import ImageData, load_images
-from covae_train.measures import Estimate, Measure, Settings, register
+from covae_train.measures import Estimate, Measure, Settings, needs_encoder, register
 from covae_train.run import TrainedRun
 
 RATES = (0.01, 0.05, 0.1)
@@ -31,8 +31,8 @@ OTHER_DATA = ("cells", "cifar10", "celeba", "mnist")
 
 
 def needs(run: TrainedRun) -> str | None:
-    """A calibration."""
-    return None if run.calibration else "a calibration (`covae calibrate`)"
+    """An encoder, and a calibration."""
+    return needs_encoder(run) or (None if run.calibration else "a calibration (`covae calibrate`)")
 
 
 def odd_sets(images: Tensor, data: str, seed: int) -> Iterator[tuple[str, Tensor]]:
