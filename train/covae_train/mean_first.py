@@ -22,9 +22,8 @@ from covae_train.phases import Begin, Loss, Phase, TrainingImages
 # damping, times its D over the variance that a mean leaves, is a thousand times weaker than its 250.
 MULTIPLIER_LR, DAMPING, MOMENTUM = 0.05, 0.5, 0.9
 PAPER_MULTIPLIER_LR, PAPER_DAMPING = 25.0, 250.0
-# The least variances by the image's longer side. The smallest are the digits' kind: 17 grey levels, whose rounding has
-# a variance of 3e-4; then drawings on an even ground, which a byte's rounding, 1.3e-6, describes; above, FLOOR.
-FLOORS = ((16, 3e-4), (32, 1e-6))
+# Small images are the digits' kind: 17 grey levels, whose rounding has this variance.
+LEVELS_SIDE, LEVEL_VARIANCE = 16, 3e-4
 # From this image size on they count in full.
 FULL_SIZE = 784
 # The share of the learning rate that is left when a likelihood has been trained.
@@ -69,9 +68,7 @@ class ObjectiveOptions(ResidualOptions):
 
 def objective_defaults(image_shape: ImageShape) -> dict[str, Any]:
     """The likelihood; the least variance is that of the digits' 17 grey levels up to 16×16, near a byte's above."""
-    side = max(image_shape[:2])
-    floor = next((value for limit, value in FLOORS if side <= limit), FLOOR)
-    return {"objective": "likelihood", "floor": floor}
+    return {"objective": "likelihood", "floor": LEVEL_VARIANCE if max(image_shape[:2]) <= LEVELS_SIDE else FLOOR}
 
 
 def _head(model: Vae) -> MeanFirstHead:
