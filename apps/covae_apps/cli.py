@@ -95,6 +95,7 @@ def report(
     """Train and measure the rows of a paper's table, and print it with the paper's figures."""
     use_threads(threads)
     import json
+    from dataclasses import asdict
 
     from rich.console import Console
 
@@ -118,7 +119,8 @@ def report(
     console.rule(table.title)
     typer.echo(as_markdown(table, found["rows"], found["pairs"]))
     if output:
-        document = {"report": name, "data": data, "epochs": epochs, **found}
+        pairs = {pair: [asdict(gap) for gap in gaps] for pair, gaps in found["pairs"].items()}
+        document = {"report": name, "data": data, "epochs": epochs, "rows": found["rows"], "pairs": pairs}
         write_text(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 

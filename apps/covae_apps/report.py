@@ -10,13 +10,14 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from covae_core.errors import InvalidArgument
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData
 from covae_train.families import find_family
-from covae_train.measures import Settings, find_measure
-from covae_train.measures.bound import importance_bounds
+from covae_train.measures import Estimate, Settings, find_measure, mean_of
+from covae_train.measures.bound import measured
 from covae_train.run import TrainedRun, load_run
 from covae_train.training import Trainer
 
@@ -145,33 +146,30 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
         raise InvalidArgument(f"--only: found {unknown[0]!r}; expected some of {', '.join(map(repr, names))}")
     arms = [arm for arm in report.arms if not plan.only or arm.name in plan.only]
     figures: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
-    paired: dict[str, list[tuple[float, float]]] = {}
+    paired: dict[str, list[Estimate]] = {}
     for seed in range(plan.seeds):
-        trained: dict[str, TrainedRun] = {}
+        bounds: dict[str, Tensor] = {}
+        settings = Settings(images=plan.images, seed=seed)
         for arm in arms:
             console.rule(f"{arm.name}, seed {seed}")
             folder = runs / f"{arm.name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            run = trained[arm.name] = _trained(arm, data, folder, plan, seed)
+            run = _trained(arm, data, folder, plan, seed)
             found: dict[str, float] = {}
             for name in plan.measures or report.measures:
-                values = find_measure(name).compute(run, data, Settings(images=plan.images, seed=seed))
+                if name == "bound":  # whose images are compared below, too
+                    bounds[arm.name], values = measured(run, data, settings)
+                else:
+                    values = find_measure(name).compute(run, data, settings)
                 found |= {key: value.value for key, value in values.items()}
             figures[arm.name].append(found)
             console.print(json.dumps(found, ensure_ascii=False), soft_wrap=True)
         for first, second in report.pairs:
-            if first in trained and second in trained:
-                difference = _difference(trained[first], trained[second], data, plan, seed)
-                paired.setdefault(f"{first} − {second}", []).append(difference)
-                console.print(f"bound of {first} − {second}: {difference[0]:,.1f} ± {difference[1]:,.1f}")
+            if first in bounds and second in bounds:
+                gap = mean_of(bounds[first] - bounds[second], 1)
+                paired.setdefault(f"{first} − {second}", []).append(gap)
+                console.print(f"bound of {first} − {second}: {gap}")
     rows = [{"name": arm.name, "paper": dict(arm.paper), "figures": figures[arm.name]} for arm in arms]
     return {"rows": rows, "pairs": paired}
-
-
-def _difference(first: TrainedRun, second: TrainedRun, data: ImageData, plan: Plan, seed: int) -> tuple[float, float]:
-    images = data.held_out[: plan.images]
-    one, other = (importance_bounds(run, images, seed=seed)[0] for run in (first, second))
-    difference = one - other
-    return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 
 
 def _trained(arm: Arm, data: ImageData, folder: Path, plan: Plan, seed: int) -> TrainedRun:
@@ -182,9 +180,7 @@ def _trained(arm: Arm, data: ImageData, folder: Path, plan: Plan, seed: int) -> 
     return load_run(folder)
 
 
-def as_markdown(
-    report: Report, rows: Sequence[Mapping[str, Any]], pairs: Mapping[str, Sequence[tuple[float, float]]]
-) -> str:
+def as_markdown(report: Report, rows: Sequence[Mapping[str, Any]], pairs: Mapping[str, Sequence[Estimate]]) -> str:
     """The table: of each figure the mean over seeds and their standard deviation, the paper's beside it.
 
     Times are medians over seeds, in units of the first row's of the same kind.
@@ -197,7 +193,7 @@ def as_markdown(
         cells = [_cell(row, key, base) for key in columns]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     for name, differences in pairs.items():
-        seeds = ", ".join(f"{value:,.1f} ± {error:,.1f}" for value, error in differences)
+        seeds = ", ".join(map(str, differences))
         lines += ["", f"Bound of {name}, paired over images, ± standard error, seed by seed: {seeds} nats."]
     return "\n".join(lines)
 

@@ -265,8 +265,7 @@ def _activations(model: ImageModel, leaves: dict[str, nn.Module]) -> dict[str, t
         latents = {
             name: torch.randn(2, *shape, generator=random, dtype=torch.float64) for name, shape in model.latents.items()
         }
-        images = model.density(latents, 2).mean
-        model.scoring_density(latents, 2)
+        images = model.densities(latents, 2)[0].mean
         if model.encodes:
             model.posteriors(images.clamp(0, 1))
     finally:

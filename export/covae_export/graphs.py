@@ -55,8 +55,7 @@ def describe(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpe
 
 def _described(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelSpec:
     model = run.model
-    density, larger = (model.density(_zeros(model, rows), rows) for rows in (2, 3))
-    scoring, larger_scoring = (model.scoring_density(_zeros(model, rows), rows) for rows in (2, 3))
+    (density, scoring), (larger, larger_scoring) = (model.densities(_zeros(model, rows), rows) for rows in (2, 3))
     parameters = _row_shapes(density, larger)
     own = _row_shapes(scoring, larger_scoring)
     height, width, channels = run.config.image_shape

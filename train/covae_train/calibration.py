@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,17 @@ from covae_core.images import channels_last
 from covae_core.surprise import surprise
 from covae_train.data import ImageData
 from covae_train.errors import CheckpointError, DataError
-from covae_train.heads import fit, kept, start_variance
+from covae_train.heads import at_draw, fit, kept, start_variance
 from covae_train.image_model import FLOOR, FittedSpread, ImageModel, Vae
+from covae_train.objective import Batch
 
 CALIBRATION_FILE = "calibration.safetensors"
 # Of the unseen images, at most so many fit a spread, and at most so many are scored.
 FIT_IMAGES, SCORED_IMAGES = 1000, 2000
 FIT_RATE = 0.02
 BATCH = 100
+# What calibrates a run that leaves nothing else.
+HELD_OUT = "held out, the first half"
 # Fewer images than this say too little.
 FEWEST = 20
 
@@ -62,20 +64,25 @@ def unseen_images(data: ImageData, limit: int | None) -> tuple[str, Tensor]:
     Raises:
         DataError: there are fewer than FEWEST.
     """
+    found = source(data, limit)
+    if found is None:
+        raise DataError(
+            f"{data.name}: found fewer than {FEWEST} images that the run was not trained on; expected {FEWEST} at "
+            "least, to calibrate scores on: train with --aside"
+        )
+    what, images = found
+    return what, images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+
+
+def source(data: ImageData, limit: int | None) -> tuple[str, Tensor] | None:
+    """The first of the sets that `unseen_images` names which has FEWEST images, and its name; None if none has."""
     choices = [
         ("kept aside", data.aside),
         ("beyond the limit", None if limit is None else data.train[limit:]),
         ("of validation", data.validation),
-        ("held out, the first half", data.held_out[: len(data.held_out) // 2]),
+        (HELD_OUT, data.held_out[: len(data.held_out) // 2]),
     ]
-    for what, images in choices:
-        if images is not None and len(images) >= FEWEST:
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-            return what, images[order]
-    raise DataError(
-        f"{data.name}: found fewer than {FEWEST} images that the run was not trained on; expected {FEWEST} at least, "
-        "to calibrate scores on: train with --aside"
-    )
+    return next(((what, images) for what, images in choices if images is not None and len(images) >= FEWEST), None)
 
 
 def calibrate_model(
@@ -84,20 +91,24 @@ def calibrate_model(
     data: str,
     run_digest: str,
     seed: int = 0,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> FittedCalibration:
-    """Fit a spread to a third of the images and score the rest; the model gets the spread.
+    """Fit a spread to the first of the images and score others; the model gets the spread.
 
-    images: (N, C, H, W) uint8, none of them trained on; a pure function of its arguments.
+    images: (N, C, H, W) uint8, none of them trained on, FEWEST at least; a pure function of its arguments.
     """
-    fitted = min(FIT_IMAGES, max(1, len(images) // 3))
-    scored = images[fitted : fitted + SCORED_IMAGES]
+    first, scored = split(images)
     spread = None
     if isinstance(model, Vae):
         model.spread = None
-        spread = model.spread = fit_spread(model, images[:fitted], seed, on_step)
-    parts = [parts_of_images(model, part) for part in (images[:fitted], scored)]
+        spread = model.spread = fit_spread(model, first, seed)
+    parts = [parts_of_images(model, part) for part in (first, scored)]
     return FittedCalibration(spread, calibrate_on(data, run_digest, *parts))
+
+
+def split(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Those that a spread is fitted to, a third, and those that are scored; at least half of FEWEST each."""
+    fitted = min(FIT_IMAGES, max(FEWEST // 2, len(images) // 3))
+    return images[:fitted], images[fitted : fitted + SCORED_IMAGES]
 
 
 @torch.no_grad()
@@ -112,15 +123,14 @@ def parts_of_images(model: ImageModel, images: Tensor) -> dict[str, np.ndarray[A
 
 
 @torch.no_grad()
-def fit_spread(
-    model: Vae, images: Tensor, seed: int, on_step: Callable[[int, int], None] = lambda done, total: None
-) -> FittedSpread:
+def fit_spread(model: Vae, images: Tensor, seed: int) -> FittedSpread:
     """The likeliest variance and columns' scales for images at draws from their posteriors, all else standing still.
 
     images: (N, C, H, W) uint8
     """
     random = torch.Generator().manual_seed(seed)
-    features, pixels = kept(_at_draws(model, images, random))
+    units = (part.float() / 255 for part in torch.split(images, BATCH))
+    features, pixels = kept(at_draw(model, Batch(unit, model.latent_noise((len(unit),), random))) for unit in units)
     rank = getattr(model.head.scoring_density(features[:2]), "rank", 0)
     spread = FittedSpread(features.shape[1], pixels.shape[1], rank, getattr(model.head, "floor", None) or FLOOR)
     _begin(spread, model, features, pixels)
@@ -130,34 +140,27 @@ def fit_spread(
             found = model.head.scoring_density(features[rows])
         return spread.of(found, features[rows])
 
-    fit({FIT_RATE: list(spread.parameters())}, density, pixels, random, on_step)
+    fit({FIT_RATE: list(spread.parameters())}, density, pixels, random)
     return spread.requires_grad_(False).eval()
-
-
-def _at_draws(model: Vae, images: Tensor, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features at draws from the posteriors, and the images in [0, 1]."""
-    for batch in torch.split(images, BATCH):
-        unit = batch.float() / 255
-        posterior = model.posteriors(unit)["latent"]
-        yield model.features({"latent": posterior.draw(torch.randn(posterior.mean.shape, generator=random))}), unit
 
 
 @torch.no_grad()
 def _begin(spread: FittedSpread, model: Vae, features: Tensor, pixels: Tensor) -> None:
     """It begins at the variance that the head has learned, or at the residuals' mean square, whichever is likelier."""
-    squares = [
-        (part - model.head.density(maps).mean).square().mean()
-        for maps, part in zip(torch.split(features, BATCH), torch.split(pixels, BATCH), strict=True)
-    ]
-    start_variance(spread.variance, float(torch.stack(squares).mean()))
+    pairs = zip(torch.split(features, BATCH), torch.split(pixels, BATCH), strict=True)
+    start_variance(spread.variance, (part - model.head.density(maps).mean for maps, part in pairs))
     learned = getattr(model.head, "variance", None)
     if not isinstance(learned, nn.Conv2d):
         return
-    even, density = copy.deepcopy(spread.state_dict()), model.head.scoring_density(features[:BATCH])
-    likelihood = float(spread.of(density, features[:BATCH]).log_prob(pixels[:BATCH]).mean())
+    some, density = features[:BATCH], model.head.scoring_density(features[:BATCH])
+
+    def likelihood() -> float:
+        return float(spread.of(density, some).log_prob(pixels[:BATCH]).mean())
+
+    even, reached = copy.deepcopy(spread.variance.state_dict()), likelihood()
     spread.variance.load_state_dict(learned.state_dict())
-    if float(spread.of(density, features[:BATCH]).log_prob(pixels[:BATCH]).mean()) < likelihood:
-        spread.load_state_dict(even)
+    if likelihood() < reached:
+        spread.variance.load_state_dict(even)
 
 
 def save_calibration(folder: Path, found: FittedCalibration) -> None:

@@ -245,7 +245,7 @@ def fit_with_progress(trainer: Trainer) -> None:
     if trainer.finished:
         console.print(f"{trainer.folder}: already trained for {_epochs(trainer.epochs)}")
         if not (trainer.folder / CALIBRATION_FILE).exists():
-            calibrate_run(trainer.folder, trainer.data, None, console)
+            calibrate_aside(trainer, console)
         return
     _print_header(trainer, console)
     columns = (
@@ -284,7 +284,7 @@ def fit_with_progress(trainer: Trainer) -> None:
             f"{target:g}: train longer (--epochs), or change --target-kl, --damping or --multiplier-lr",
             soft_wrap=True,
         )
-    calibrate_run(trainer.folder, trainer.data, None, console)
+    calibrate_aside(trainer, console)
 
 
 def kl_target(trainer: Trainer) -> float | None:
@@ -292,30 +292,37 @@ def kl_target(trainer: Trainer) -> float | None:
     return next((item.target for item in trainer.multipliers.constraints if item.name == "kl"), None)
 
 
-def calibrate_run(folder: Path, data: ImageData | None, limit: int | None, console: Console) -> None:
+def calibrate_aside(trainer: Trainer, console: Console) -> None:
+    """Calibrate what was trained on the images that were kept aside; a note, if there are too few."""
+    from covae_train.calibration import FEWEST
+
+    data = trainer.data
+    if data.aside is not None and len(data.aside) >= FEWEST:
+        calibrate_run(trainer.folder, data, None, console)
+        return
+    console.print(
+        f"[yellow]note:[/] fewer than {FEWEST} images were kept aside, so scores have no p-values; "
+        f"`covae calibrate {trainer.folder}` finds other images that no step has seen",
+        soft_wrap=True,
+    )
+
+
+def calibrate_run(folder: Path, data: ImageData, limit: int | None, console: Console) -> None:
     """Calibrate a trained run on images that it was not trained on, and keep that in its folder.
 
-    data: the images that it was trained on, with those kept aside, or None to read them.
+    data, limit: as `unseen_images` takes them.
 
     Raises:
-        DataError: there are no such images and `data` is None, else a note says so.
+        DataError: there are no such images.
     """
-    from covae_train.calibration import FEWEST, calibrate_model, save_calibration, unseen_images
-    from covae_train.data import images_of
+    from covae_train.calibration import calibrate_model, save_calibration, split, unseen_images
     from covae_train.run import load_run
 
-    if data is not None and (data.aside is None or len(data.aside) < FEWEST):
-        console.print(
-            f"[yellow]note:[/] fewer than {FEWEST} images were kept aside, so scores have no p-values; "
-            f"`covae calibrate {folder}` finds other images that no step has seen",
-            soft_wrap=True,
-        )
-        return
     run = load_run(folder, calibrated=False)
-    what, images = unseen_images(data or images_of(run.config), limit)
+    what, images = unseen_images(data, limit)
     found = calibrate_model(run.model, images, run.config.data, run.digest, run.config.seed)
     save_calibration(folder, found)
-    fitted = "" if found.spread is None else f"a variance fitted to {len(images) - found.scores.images:,} images, "
+    fitted = "" if found.spread is None else f"a variance fitted to {len(split(images)[0]):,} images, "
     console.print(
         f"{folder}: calibrated on images {what}: {fitted}{found.scores.images:,} scored: p-values down to "
         f"1/{found.scores.images + 1:,}",
@@ -331,10 +338,12 @@ def calibrate(
     use_threads(threads)
     from rich.console import Console
 
+    from covae_train.data import images_of
     from covae_train.run import load_config
 
     for folder in runs:
-        calibrate_run(folder, None, load_config(folder).limit, Console())
+        config = load_config(folder)
+        calibrate_run(folder, images_of(config), config.limit, Console())
 
 
 def _print_header(trainer: Trainer, console: Console) -> None:

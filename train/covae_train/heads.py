@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from covae_core.densities import Density, LowRankNormal
+from covae_train.image_model import Vae
+from covae_train.objective import Batch
 
 # Bytes of features that are kept while heads are fitted.
 FEATURE_BYTES = 2**29
@@ -23,7 +25,6 @@ def fit(
     density: Callable[[Tensor], Density],
     images: Tensor,
     random: torch.Generator,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Maximise the mean log-likelihood of images, by Adam.
 
@@ -44,13 +45,19 @@ def fit(
             loss.backward()
             nn.utils.clip_grad_norm_(every, limit)
             adam.step()
-            on_step(step + 1, STEPS)
 
 
-def start_variance(layer: nn.Conv2d, variance: float) -> None:
-    """A head whose softplus is one variance everywhere, to begin with."""
+def at_draw(model: Vae, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The decoder's last maps at a draw from each image's posterior, and the images."""
+    latent = model.posteriors(batch.images)["latent"].draw(batch.noise["latent"])
+    return model.features({"latent": latent}), batch.images
+
+
+def start_variance(layer: nn.Conv2d, residuals: Iterable[Tensor]) -> None:
+    """A head whose softplus begins as one variance everywhere, the mean square of residuals, in batches."""
     assert layer.bias is not None
     with torch.no_grad():
+        variance = float(torch.stack([part.square().mean() for part in residuals]).mean())
         layer.weight.zero_()
         layer.bias.fill_(variance).expm1_().log_()
 

@@ -77,8 +77,13 @@ class ImageModel(nn.Module, ABC):
         otherwise."""
 
     def scoring_density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:
-        """p(x|z) to score with; the same, unless a model has a variance of its own for it."""
-        return self.density(latents, rows)
+        """p(x|z) to score with."""
+        return self.densities(latents, rows)[1]
+
+    def densities(self, latents: Mapping[str, Tensor], rows: int | None = None) -> tuple[Density, Density]:
+        """p(x|z) to draw with and to score with: one and the same, or two of one pass through the network."""
+        density = self.density(latents, rows)
+        return density, density
 
 
 class DensityHead(nn.Module, ABC):
@@ -145,11 +150,11 @@ class Vae(ImageModel):
         """p(x|z) of latents (B, *latent_shape)."""
         return self.head.density(self.features(latents))
 
-    def scoring_density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:
-        """p(x|z) to score with: of the spread that was fitted to unseen images, else the head's."""
+    def densities(self, latents: Mapping[str, Tensor], rows: int | None = None) -> tuple[Density, Density]:
+        """p(x|z) to draw with, and to score with: of the spread that was fitted to unseen images, else the head's."""
         features = self.features(latents)
-        density = self.head.scoring_density(features)
-        return density if self.spread is None else self.spread.of(density, features)
+        scoring = self.head.scoring_density(features)
+        return self.head.density(features), scoring if self.spread is None else self.spread.of(scoring, features)
 
     def features(self, latents: Mapping[str, Tensor]) -> Tensor:
         """The decoder's last feature maps. shape: (B, F, H, W)"""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from covae_core.densities import DiagonalNormal, HasEntropy
 from covae_train.config import ImageShape, RunConfig
 from covae_train.families import Constraints
-from covae_train.heads import CLIP, start_variance
+from covae_train.heads import CLIP, at_draw, start_variance
 from covae_train.image_model import FLOOR, MeanFirstHead, Vae
 from covae_train.networks.residual import ResidualOptions
 from covae_train.objective import Batch, Constraint, Terms, encoded
@@ -141,18 +141,15 @@ def likelihood(hold: Hold = "none") -> Loss:
 
 def begin_at_likeliest(model: Vae, training: TrainingImages) -> None:
     """The variance begins as the likeliest one that is the same for every pixel."""
-    head, squares = _head(model), []
-    for features, images in shown(model, training, START_IMAGES):
-        squares.append((images - head.mean(features)).square().mean())
+    head = _head(model)
     assert isinstance(head.variance, nn.Conv2d)
-    start_variance(head.variance, float(torch.stack(squares).mean()))
+    pairs = shown(model, training, START_IMAGES)
+    start_variance(head.variance, (images - head.mean(features) for features, images in pairs))
 
 
 def shown(model: Vae, training: TrainingImages, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Features at draws from the posteriors, and the images, of some training images, in batches."""
-    for batch in training.batches(limit):
-        latent = model.posteriors(batch.images)["latent"].draw(batch.noise["latent"])
-        yield model.features({"latent": latent}), batch.images
+    return (at_draw(model, batch) for batch in training.batches(limit))
 
 
 def paper_phases(options: ResidualOptions, mean_share: float = 0.0, begin: Begin | None = None) -> list[Phase]:

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from covae_client.model import Model
 from covae_client.scoring import MIN_EFFECTIVE_SAMPLES, Scores
 from covae_core.calibration import false_discoveries
 from covae_core.files import write_text, writing
-from covae_core.images import EXTENSIONS, fit_image, list_images, open_image
+from covae_core.images import fit_image, open_image, search_images
 
 # Images scored before their rows count as done: enough for several requests in flight.
 SCORED_BLOCK = 32
@@ -92,8 +92,8 @@ def score(
 
     maps: a folder that gets a picture of each image's surprise; masks: a folder of masks, of the images' names.
     """
-    refused, files = _list_files(paths)
-    yield from refused
+    files, refused = search_images(paths)
+    yield from (FileScore(printable(path), error=printable(str(error))) for path, error in refused)
     names = _map_names(files)
     with progress_bar("score", len(files)) as report:
         for offset, count in blocks(len(files), SCORED_BLOCK):
@@ -107,23 +107,6 @@ def score(
                 if maps is not None or masks is not None:
                     _look(model, block, images, rows, maps, masks, names)
             yield from (rows[place] for place in range(count))
-
-
-def _list_files(paths: Sequence[Path]) -> tuple[list[FileScore], list[Path]]:
-    """What is refused at once, and the files, none of them twice."""
-    refused: list[FileScore] = []
-    files: dict[Path, None] = {}
-    for path in paths:
-        if not os.path.isdir(path):
-            files[path] = None
-            continue
-        listing = list_images(path)
-        refused += [FileScore(printable(path), error=printable(str(error))) for error in listing.unreadable]
-        if not listing.images and not listing.unreadable:
-            reason = f"{path}: this folder holds no file that ends in {', '.join(EXTENSIONS)}"
-            refused.append(FileScore(printable(path), error=printable(reason)))
-        files.update(dict.fromkeys(listing.images))
-    return refused, list(files)
 
 
 def _read(
@@ -166,13 +149,13 @@ def _look(
                 None if masks is None else read_mask(masks / f"{files[place].stem}.png", model.spec.image_shape)
             )
         except ImageFileError as error:
-            rows[place] = FileScore(**{**asdict(rows[place]), "error": printable(str(error))})
+            rows[place] = replace(rows[place], error=printable(str(error)))
     if not chosen:
         return
     stack = np.stack([images[place] for place in chosen])
     found = model.surprise(stack, mask=None if masks is None else np.stack([*map(np.asarray, chosen.values())]))
     for row, place in enumerate(chosen):
-        rows[place] = FileScore(**{**asdict(rows[place]), "spot": float(found.spot[row])})
+        rows[place] = replace(rows[place], spot=float(found.spot[row]))
         if maps is not None:
             save_map(maps / names[files[place]], images[place], found.maps[row])
 
@@ -251,7 +234,7 @@ def _print_table(rows: Sequence[FileScore], console: Console) -> None:
     shown = [name for name in NUMBERS if wide or name not in ("elbo", "bits_per_dim")]
     spots = any(row.spot is not None for row in rows)
     for heading in ["p-value", "odd in", *(HEADINGS[name] for name in shown), *(["spot"] if spots else [])]:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=heading != "odd in")
     table.columns[0].overflow = "fold"
     table.columns[0].min_width = 12
     for row in rows:

@@ -10,7 +10,7 @@ is (conformal p-values: Vovk et al. 2005; for outliers Bates et al., arXiv 2104.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,10 +191,8 @@ def calibrate_on(data: str, run_digest: str, first: Mapping[str, Floats], scored
     units = base._units(first).clip(-FAR, FAR)
     covariance = units.T @ units / len(units)
     inverse = np.linalg.inv(covariance + RIDGE * np.diag(np.diag(covariance)))
-    shaped = Calibration(**{**vars(base), "inverse": tuple(_rounded_all(row) for row in inverse)})
-    return Calibration(
-        **{**vars(shaped), "statistics": tuple(np.sort(shaped._statistic(shaped._units(scored))).tolist())}
-    )
+    shaped = replace(base, inverse=tuple(_rounded_all(row) for row in inverse))
+    return replace(shaped, statistics=tuple(np.sort(shaped.statistic(scored)).tolist()))
 
 
 def false_discoveries(p_values: Floats, rate: float) -> NDArray[np.bool_]:

@@ -74,26 +74,39 @@ def _list(folder: Path, above: tuple[str, ...], found: Listing) -> None:
             (found.images if path.suffix.lower() in EXTENSIONS else found.others).append(path)
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def search_images(
+    paths: Iterable[str | os.PathLike[str]],
+) -> tuple[list[Path], list[tuple[Path, ImageFileError]]]:
     """The image files at `paths`: folders are searched (see `list_images`), sorted by path; no file comes twice.
 
     A path that is no folder is returned as it is, even if nothing is there: opening it says what is wrong with it.
-
-    Raises:
-        ImageFileError: a folder holds no image, or cannot be read.
+    Beside the files, the paths whose folder holds no image, or cannot be searched throughout, each with why.
     """
     found: dict[Path, None] = {}
+    refused: list[tuple[Path, ImageFileError]] = []
     for path in map(Path, paths):
         if not os.path.isdir(path):
             found[path] = None
             continue
         inside, _, unreadable = list_images(path)
-        if unreadable:
-            raise unreadable[0]
-        if not inside:
-            raise ImageFileError(f"{path}: this folder holds no file that ends in {', '.join(EXTENSIONS)}")
+        refused += [(path, error) for error in unreadable]
+        if not inside and not unreadable:
+            reason = f"{path}: this folder holds no file that ends in {', '.join(EXTENSIONS)}"
+            refused.append((path, ImageFileError(reason)))
         found.update(dict.fromkeys(inside))
-    return list(found)
+    return list(found), refused
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files of `search_images`.
+
+    Raises:
+        ImageFileError: a folder holds no image, or cannot be read.
+    """
+    found, refused = search_images(paths)
+    if refused:
+        raise refused[0][1]
+    return found
 
 
 def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:

@@ -77,3 +77,6 @@ class Model(Protocol):
 
     def scoring_density(self, latents: Mapping[str, Array], rows: int | None = None) -> Density:
         """p(x|z) to score with: the same mean, and the uncertainty that images were found to have."""
+
+    def densities(self, latents: Mapping[str, Array], rows: int | None = None) -> tuple[Density, Density]:
+        """Both, to draw with and to score with, of one pass through the network."""

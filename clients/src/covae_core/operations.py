@@ -86,14 +86,11 @@ def _density(model: Model, spec: ModelSpec, inputs: Arrays) -> Density:
 
 
 def _decode(model: Model, spec: ModelSpec, inputs: Arrays) -> Arrays:
-    density = _density(model, spec, inputs)
     rows = next(iter(inputs.values())).shape[0]
-    found = {name: per_row(value, spec.density_parameters[name], rows) for name, value in density.parameters.items()}
-    if spec.scoring_parameters:
-        latents = {name: inputs[name] for name in spec.latents}
-        parameters = model.scoring_density(latents, rows).parameters
-        for name, shape in spec.scoring_parameters.items():
-            found[f"scoring_{name}"] = per_row(parameters[name], shape, rows)
+    drawing, scoring = model.densities({name: inputs[name] for name in spec.latents}, rows)
+    found = {name: per_row(value, spec.density_parameters[name], rows) for name, value in drawing.parameters.items()}
+    for name, shape in spec.scoring_parameters.items():
+        found[f"scoring_{name}"] = per_row(scoring.parameters[name], shape, rows)
     return found
 
 

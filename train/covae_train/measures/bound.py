@@ -37,8 +37,8 @@ def importance_bounds(
     return logs.logsumexp(1) - log(logs.shape[1]), logs.mean(1)
 
 
-def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
-    """Of the first held-out images, in nats per image.
+def measured(run: TrainedRun, data: ImageData, settings: Settings) -> tuple[Tensor, Mapping[str, Estimate]]:
+    """The bounds of the first held-out images, (N,) float64, and the figures that they make, in nats per image.
 
     Raises:
         InvalidArgument: fewer than two images: a standard error over images needs them.
@@ -48,7 +48,12 @@ def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str
         raise InvalidArgument(f"{run.run_id}: found {len(images)} held-out image(s); expected 2 or more")
     bounds, elbos = importance_bounds(run, images, settings.samples, settings.seed, settings.on_image)
     heading = f"log-likelihood bound, K = {settings.samples}" if run.model.latents else "log-likelihood"
-    return {heading: mean_of(bounds, 1)} | ({"ELBO": mean_of(elbos, 1)} if run.model.latents else {})
+    return bounds, {heading: mean_of(bounds, 1)} | ({"ELBO": mean_of(elbos, 1)} if run.model.latents else {})
+
+
+def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
+    """The figures alone; see measured."""
+    return measured(run, data, settings)[1]
 
 
 register(

@@ -11,6 +11,7 @@ from covae_core.densities import LowRankNormal, Whitening
 from covae_train.data import ImageData
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.measures.coherence import lag1
+from covae_train.objective import Batch, encoded
 from covae_train.run import TrainedRun
 
 BATCH = 100
@@ -27,17 +28,17 @@ def whitened(run: TrainedRun, images: Tensor, seed: int) -> tuple[Tensor, Tensor
     squares, along, residuals, kls = [], [], [], []
     for batch in torch.split(images, BATCH):
         pixels = batch.float() / 255
-        posteriors = run.model.posteriors(pixels) if run.model.latents else {}
-        noise = run.model.latent_noise((len(batch),), random)
-        latents = {name: item.draw(noise[name]) for name, item in posteriors.items()}
+        latents: dict[str, Tensor] = {}
+        kl = torch.zeros(len(batch))
+        if run.model.latents:
+            latents, kl = encoded(run.model, Batch(pixels, run.model.latent_noise((len(batch),), random)))
         density = run.model.scoring_density(latents, len(batch)).to(torch.float64)
         assert isinstance(density, Whitening)
         white = density.whiten(pixels.double())
         squares.append(white.square().mean((1, 2, 3)))
         along.append(_along_factor(density, white))
         residuals.append(pixels.double() - density.mean)
-        parts = [item.kl(run.model.prior(name)).double() for name, item in posteriors.items()]
-        kls.append(torch.stack(parts).sum(0) if parts else torch.zeros(len(batch), dtype=torch.float64))
+        kls.append(kl.double())
     return torch.cat(squares), torch.cat(along), torch.cat(residuals), torch.cat(kls)
 
 

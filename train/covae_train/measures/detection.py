@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from covae_core.calibration import Calibration
-from covae_train.calibration import parts_of_images
+from covae_train.calibration import HELD_OUT, parts_of_images, source
 from covae_train.data import ImageData, load_images
 from covae_train.measures import Estimate, Measure, Settings, needs_encoder, register
 from covae_train.run import TrainedRun
@@ -68,10 +68,13 @@ def statistics(run: TrainedRun, calibration: Calibration, images: Tensor) -> tup
 
 
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
-    """Of held-out images; those of data without any beside what calibrated it are the second half."""
+    """Of held-out images; where the first half of them calibrated the run, of the second."""
     assert run.calibration is not None
-    order = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(settings.seed))
-    usual = data.held_out[order[: settings.images]]
+    calibrated = source(data, run.config.limit)
+    half = calibrated is not None and calibrated[0] == HELD_OUT
+    left = data.held_out[len(data.held_out) // 2 :] if half else data.held_out
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(settings.seed))
+    usual = left[order[: settings.images]]
     reference, p_values = statistics(run, run.calibration, usual)
     figures = {}
     for rate in RATES:

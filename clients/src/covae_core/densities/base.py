@@ -175,7 +175,7 @@ class Density(Drawable):
     def score(self, x: Any) -> tuple[Array, Array]:
         """log_prob and distance of images; the distance, which is the work, is made once. Arguments as log_prob."""
         distance = self.distance(x)
-        return -0.5 * (distance + self._spread(self._logdet, ()) + self._layout.pixels * log(2 * pi)), distance
+        return -0.5 * (distance + self.logdet() + self._layout.pixels * log(2 * pi)), distance
 
     def distance(self, x: Any) -> Array:
         """Mahalanobis square (x − μ)ᵀ Σ⁻¹ (x − μ), in float64: χ² of S degrees of freedom under the density.
