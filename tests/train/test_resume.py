@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from covae_train.data import ImageData
+from covae_train.data import ImageData, images_of
 from covae_train.errors import CheckpointError
 from covae_train.families import make_config
 from covae_train.records import read_metrics
@@ -30,7 +30,7 @@ def assert_same_run(found, expected):
     rows = [[{**row, "seconds": 0} for row in read_metrics(run / "metrics.csv")] for run in (found, expected)]
     assert rows[0] == rows[1]
     assert len(rows[0]) > 3
-    assert float(theirs.tensors["multipliers.values.kl"]) > 0
+    assert any(float(tensor) != 0 for name, tensor in theirs.tensors.items() if name.startswith("multipliers."))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_a_signal_that_comes_while_a_step_is_reported_keeps_that_step(number, fe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_that_a_signal_stopped_resumes_bit_for_bit(number, digits, tmp_path):
+def test_a_command_that_a_signal_stopped_resumes_bit_for_bit(number, tmp_path):
     options = {"widths": "8,16", "latent-size": "4", "rank": "3", "epochs": "6", "mean-epochs": "3"}
     command = [sys.executable, "-m", "covae_client.cli", "train", "sos-vae", "--data", "digits", "--run", "run"]
     command += [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -257,10 +257,13 @@ def test_a_command_that_a_signal_stopped_resumes_bit_for_bit(number, digits, tmp
     os.kill(first.pid, number)
     _, error = first.communicate(timeout=60)
     assert first.returncode == 130
+    config = load_config(tmp_path / "run")
+    images = images_of(config)
+    steps = Trainer(config, images, tmp_path / "whole").total_steps
     step = load_checkpoint(tmp_path / "run").state["step"]
-    assert 20 <= step < 180
+    assert 20 <= step < steps
     assert f"stopped at step {step}; the same command resumes" in " ".join(error.split())
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
-    assert f"resuming at step {step} of 180" in again.stdout
-    trained(load_config(tmp_path / "run"), digits, tmp_path / "whole")
+    assert f"resuming at step {step} of {steps}" in again.stdout
+    trained(config, images, tmp_path / "whole")
     assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -30,7 +30,7 @@ def test_train_then_train_again_then_evaluate(tmp_path):
     assert "runs/digits-sos-vae: trained for 2 epochs in" in first.stdout
     folder = tmp_path / "runs" / "digits-sos-vae"
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "checkpoint.safetensors", "metrics.csv", "tensorboard",
+        "calibration.safetensors", "checkpoint.safetensors", "config.json", "metrics.csv", "tensorboard",
     }  # fmt: skip
     before = (folder / "checkpoint.safetensors").read_bytes()
     again = covae("train", "sos-vae", "--data", "digits", "--rank", "3", *TINY, cwd=tmp_path)
