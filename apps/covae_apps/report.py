@@ -10,14 +10,12 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from covae_core.errors import InvalidArgument
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData
 from covae_train.families import find_family
-from covae_train.measures import Estimate, Settings, find_measure, mean_of
-from covae_train.measures.bound import measured
+from covae_train.measures import Estimate, PairedMeasure, Settings, find_measure
 from covae_train.run import TrainedRun, load_run
 from covae_train.training import Trainer
 
@@ -87,6 +85,17 @@ HONEST_COLUMNS = {
     "Fréchet distance, samples": "Fréchet, samples",
     "Fréchet distance, decoded means": "Fréchet, means",
 }
+WHERE_COLUMNS = {
+    f"{figure}, {kind}": f"{title}: {kind}"
+    for figure, title in (
+        ("AUROC of the largest spot", "largest spot"),
+        ("pixel AUROC, pasted patch", "pasted patch"),
+        ("pixel AUROC, scratch", "scratch"),
+        ("pixel AUROC, shifted eye", "shifted eye"),
+    )
+    for kind in ("whitened", "each pixel alone", "difference")
+}
+BEST = (Arm("sos-vae", "sos-vae", {}, {}), Arm("beta-vae", "beta-vae", {}, {}))
 REPORTS: dict[str, Callable[[], Report]] = {
     "spatial": lambda: Report(
         "Spatial VAE: Tables 1 and 2",
@@ -97,14 +106,20 @@ REPORTS: dict[str, Callable[[], Report]] = {
     "honest": lambda: Report(
         "Likelihoods that mean something: each family for its likelihood, and as its paper has it, calibrated",
         [
-            Arm("sos-vae", "sos-vae", {}, {}),
-            Arm("beta-vae", "beta-vae", {}, {}),
+            *BEST,
             Arm("sos-vae, paper", "sos-vae", {"objective": "paper"}, {}),
             Arm("beta-vae, paper", "beta-vae", {"objective": "paper"}, {}),
         ],
         ("bound", "calibration", "coherence", "reconstruction", "frechet"),
         HONEST_COLUMNS,
         [("sos-vae", "beta-vae"), ("sos-vae, paper", "beta-vae, paper")],
+    ),
+    "where": lambda: Report(
+        "Where is an image odd: surprise maps, whitened by the density and each pixel alone",
+        BEST,
+        ("spots", "defects"),
+        WHERE_COLUMNS,
+        [("sos-vae", "beta-vae")],
     ),
     "no-network": lambda: Report(
         "SOS-VAE section 4.5: the density without a network",
@@ -134,8 +149,9 @@ class Plan:
 def run_report(report: Report, data: ImageData, runs: Path, console: Console, plan: Plan) -> dict[str, Any]:
     """Train what is not there yet, seed by seed so that all rows see the same machine, and measure everything.
 
-    Returns the rows, one entry each with every figure of every seed, and of each pair the difference of the bounds of
-    the same images, its mean and standard error, seed by seed.
+    Returns the rows, one entry each with every figure of every seed, and of each pair what its paired measures make of
+    the same images, with standard errors, seed by seed. A measure that a row's runs lack something for is left out of
+    it, and told, unless it was asked for.
 
     Raises:
         InvalidArgument: `only` names no arm.
@@ -148,7 +164,7 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
     figures: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
     paired: dict[str, list[Estimate]] = {}
     for seed in range(plan.seeds):
-        bounds: dict[str, Tensor] = {}
+        each: dict[str, dict[str, Any]] = {}
         settings = Settings(images=plan.images, seed=seed)
         for arm in arms:
             console.rule(f"{arm.name}, seed {seed}")
@@ -156,18 +172,25 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
             run = _trained(arm, data, folder, plan, seed)
             found: dict[str, float] = {}
             for name in plan.measures or report.measures:
-                if name == "bound":  # whose images are compared below, too
-                    bounds[arm.name], values = measured(run, data, settings)
+                item = find_measure(name)
+                lacks = item.needs(run)
+                if lacks and not plan.measures:
+                    console.print(f"{name}: left out, {lacks} is missing")
+                    continue
+                if isinstance(item, PairedMeasure):
+                    each.setdefault(name, {})[arm.name], values = item.measured(run, data, settings)
                 else:
-                    values = find_measure(name).compute(run, data, settings)
+                    values = item.compute(run, data, settings)
                 found |= {key: value.value for key, value in values.items()}
             figures[arm.name].append(found)
             console.print(json.dumps(found, ensure_ascii=False), soft_wrap=True)
-        for first, second in report.pairs:
-            if first in bounds and second in bounds:
-                gap = mean_of(bounds[first] - bounds[second], 1)
-                paired.setdefault(f"{first} − {second}", []).append(gap)
-                console.print(f"bound of {first} − {second}: {gap}")
+        for name, values in each.items():
+            item = find_measure(name)
+            for first, second in report.pairs:
+                if first in values and second in values and isinstance(item, PairedMeasure):
+                    for figure, gap in item.compare(values[first], values[second]).items():
+                        paired.setdefault(f"{figure}, {first} − {second}", []).append(gap)
+                        console.print(f"{figure}, {first} − {second}: {gap}")
     rows = [{"name": arm.name, "paper": dict(arm.paper), "figures": figures[arm.name]} for arm in arms]
     return {"rows": rows, "pairs": paired}
 
@@ -194,7 +217,7 @@ def as_markdown(report: Report, rows: Sequence[Mapping[str, Any]], pairs: Mappin
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     for name, differences in pairs.items():
         seeds = ", ".join(map(str, differences))
-        lines += ["", f"Bound of {name}, paired over images, ± standard error, seed by seed: {seeds} nats."]
+        lines += ["", f"{name}, paired over images, ± standard error, seed by seed: {seeds}."]
     return "\n".join(lines)
 
 

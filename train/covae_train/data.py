@@ -28,6 +28,8 @@ MAX_ASIDE = 3000
 # A folder's splits, by the lower-case names of its subfolders.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "val": "validation", "valid": "validation"}
 SPLIT_FOLDERS |= {"validation": "validation"}
+# Beside test.parquet, images that are odd in a way that data's users care for.
+ODD_FILE = "infected.parquet"
 IMAGE_COLUMNS = ("image", "img")
 GREY_MODES = ("1", "L", "LA", "I", "I;16")
 # So many names of what is left out are told; the rest is counted.
@@ -175,6 +177,42 @@ def labels_of(
         path = Path(root or ".", source.folder if source else "", f"{split}.parquet")
         found += [part, _labels(data, path, len(part))]
     return found[0], found[1], found[2], found[3]
+
+
+def has_odd_images(data: str) -> bool:
+    """Are there odd images with masks beside a named data set's held-out ones?"""
+    return _odd_files(data) is not None
+
+
+def odd_images_of(data: str, image_shape: tuple[int, int, int]) -> list[tuple[Tensor, Tensor]]:
+    """Held-out images and odd ones, of COVAE_DATA/NAME/test.parquet and infected.parquet, each with their masks.
+
+    Returns two pairs of uint8 (N, C, H, W) and bool (N, H, W), true where to look.
+
+    Raises:
+        DataError: as load_images, or there are no odd images.
+    """
+    files, (height, width, channels) = _odd_files(data), image_shape
+    if files is None:
+        raise DataError(
+            f"{data}: found no odd images; expected {ODD_FILE} beside test.parquet, each with columns image and mask"
+        )
+    found = []
+    for file in files:
+        images, masks = (
+            _stack(data, _parquet(file, name).images, (height, width), count)
+            for name, count in (("image", channels), ("mask", 1))
+        )
+        found.append((images, masks[:, 0] >= 128))
+    return found
+
+
+def _odd_files(data: str) -> tuple[Path, Path] | None:
+    source, root = SOURCES.get(data), os.environ.get("COVAE_DATA")
+    if source is None or root is None:
+        return None
+    usual, odd = (Path(root, source.folder, name) for name in ("test.parquet", ODD_FILE))
+    return (usual, odd) if usual.is_file() and odd.is_file() else None
 
 
 def _labels(data: str, path: Path, count: int) -> Tensor:

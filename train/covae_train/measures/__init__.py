@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
@@ -51,6 +52,37 @@ class Measure:
     compute: Callable[[TrainedRun, ImageData, Settings], Mapping[str, Estimate]]
     needs: Callable[[TrainedRun], str | None] = lambda run: None
     usual: bool = False
+
+
+Measured = tuple[Any, Mapping[str, Estimate]]
+
+
+@dataclass(frozen=True)
+class PairedMeasure(Measure):
+    """One that two runs can be compared by, image by image.
+
+    measured: values of single images, and the figures of them; compare: the values of two runs to their difference's
+    figures.
+    """
+
+    measured: Callable[[TrainedRun, ImageData, Settings], Measured] = field(kw_only=True)
+    compare: Callable[[Any, Any], Mapping[str, Estimate]] = field(kw_only=True)
+
+
+def paired_measure(
+    name: str,
+    summary: str,
+    measured: Callable[[TrainedRun, ImageData, Settings], Measured],
+    compare: Callable[[Any, Any], Mapping[str, Estimate]],
+    needs: Callable[[TrainedRun], str | None],
+    usual: bool = False,
+) -> PairedMeasure:
+    """A PairedMeasure that computes the figures of what it has measured."""
+
+    def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
+        return measured(run, data, settings)[1]
+
+    return PairedMeasure(name, summary, compute, needs, usual, measured=measured, compare=compare)
 
 
 _MEASURES: dict[str, Measure] = {}

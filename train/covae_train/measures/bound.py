@@ -11,7 +11,7 @@ from torch import Tensor
 from covae_core.errors import InvalidArgument
 from covae_core.importance import importance_weights
 from covae_train.data import ImageData
-from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
+from covae_train.measures import Estimate, Settings, mean_of, needs_encoder, paired_measure, register
 from covae_train.run import TrainedRun
 
 
@@ -51,11 +51,18 @@ def measured(run: TrainedRun, data: ImageData, settings: Settings) -> tuple[Tens
     return bounds, {heading: mean_of(bounds, 1)} | ({"ELBO": mean_of(elbos, 1)} if run.model.latents else {})
 
 
-def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
-    """The figures alone; see measured."""
-    return measured(run, data, settings)[1]
+def compare(first: Tensor, second: Tensor) -> dict[str, Estimate]:
+    """The difference of two runs' bounds of the same images."""
+    return {"log-likelihood bound": mean_of(first - second, 1)}
 
 
 register(
-    Measure("bound", "importance-weighted log-likelihood bound, nats per image", compute, needs_encoder, usual=True)
+    paired_measure(
+        "bound",
+        "importance-weighted log-likelihood bound, nats an image",
+        measured,
+        compare,
+        needs_encoder,
+        usual=True,
+    )
 )

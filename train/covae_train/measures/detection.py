@@ -20,7 +20,7 @@ from torch import Tensor
 
 from covae_core.calibration import Calibration
 from covae_train.calibration import HELD_OUT, parts_of_images, source
-from covae_train.data import ImageData, load_images
+from covae_train.data import ImageData, has_odd_images, load_images, odd_images_of
 from covae_train.measures import Estimate, Measure, Settings, needs_encoder, register
 from covae_train.run import TrainedRun
 
@@ -44,6 +44,8 @@ def odd_sets(images: Tensor, data: str, seed: int) -> Iterator[tuple[str, Tensor
     for name in OTHER_DATA:
         if not data.startswith(name) and root and Path(root, name).is_dir():
             yield name, load_images(name, (height, width), channels).held_out[: len(images)]
+    if has_odd_images(data):
+        yield "infected", odd_images_of(data, (height, width, channels))[1][0]
     if height == width:
         yield "rotated by 90°", torch.rot90(images, 1, (2, 3))
     yield "mirrored", images.flip(3)
