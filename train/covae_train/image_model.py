@@ -162,9 +162,9 @@ class Vae(ImageModel):
         return features
 
 
-def pointwise_head(in_width: int, out_width: int, bias: float) -> nn.Conv2d:
-    """A 1×1 convolution with weights N(0, 1e-5²) and a constant bias."""
-    head = nn.Conv2d(in_width, out_width, 1)
+def small_head(in_width: int, out_width: int, bias: float, kernel: int = 1) -> nn.Conv2d:
+    """A convolution, k×k with k odd, with weights N(0, 1e-5²) and a constant bias."""
+    head = nn.Conv2d(in_width, out_width, kernel, padding=kernel // 2)
     nn.init.normal_(head.weight, std=HEAD_WEIGHT_STD)
     assert head.bias is not None
     nn.init.constant_(head.bias, bias)
@@ -181,8 +181,8 @@ class MeanFirstHead(DensityHead):
 
     def __init__(self, in_width: int, channels: int, mean_variance: float, floor: float | None) -> None:
         super().__init__()
-        self.mean = pointwise_head(in_width, channels, MEAN_BIAS)
-        self.variance = None if floor is None else pointwise_head(in_width, channels, log(expm1(floor)))
+        self.mean = small_head(in_width, channels, MEAN_BIAS)
+        self.variance = None if floor is None else small_head(in_width, channels, log(expm1(floor)))
         self.softplus = nn.Identity() if floor is None else nn.Softplus()
         self.mean_variance, self.floor = mean_variance, floor
 

@@ -17,11 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covae_apps.demo import figures
-from covae_apps.demo.tour import SAMPLES, SCORE_SAMPLES, SWEEP, Edit, Images, Tour
+from covae_apps.demo.tour import (
+    CANDIDATES,
+    COMPLETIONS,
+    SAMPLES,
+    SCORE_SAMPLES,
+    SWEEP,
+    Edit,
+    Images,
+    Odd,
+    Tour,
+)
 from covae_client.maps import draw_map
 from covae_core.images import channels_last, contact_sheet, encode_png
 from covae_train.data import ImageData
 
+# Of the images of a set, so many with the largest spots are shown.
+SHOWN_SPOTS = 2
 STYLE = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #5b626b; --line: #e4e6e9; --accent: #0b6e99; }
 * { box-sizing: border-box; }
@@ -46,10 +58,14 @@ th { font-weight: 600; }
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One row of the summary: what was measured, of each model in turn, and how to read it (if the page is to say)."""
+    """One row of the summary: what was measured, of each model in turn.
+
+    The page shows those that say what value is right or what to compare with, and how to read them.
+    """
 
     what: str
     values: Sequence[str]
+    reference: str = ""
     meaning: str = ""
 
 
@@ -63,12 +79,14 @@ def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], 
         _summary(tours, summary),
         _samples(images, tours),
         _one_latent(tours),
+        _edit(tours),
+        _completion(tours),
+        _odd(tours),
+        _found(tours),
         _interpolation(main),
         _sweep(main),
-        _edit(tours),
         _maps(tours),
         _scores(tours),
-        _odd(tours),
         _latencies(tours),
     ]
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
@@ -94,10 +112,12 @@ def _families(tours: Sequence[Tour]) -> str:
 def _summary(tours: Sequence[Tour], summary: Sequence[SummaryRow]) -> str:
     heads = "".join(f"<th>{escape(tour.name)}</th>" for tour in tours)
     rows = []
-    for figure in (figure for figure in summary if figure.meaning):
-        cells = "".join(f"<td>{escape(value)}</td>" for value in figure.values)
+    for figure in (figure for figure in summary if figure.reference):
+        cells = "".join(f"<td>{escape(value)}</td>" for value in (*figure.values, figure.reference))
         rows.append(f'<tr><td>{escape(figure.what)}</td>{cells}<td class="words">{escape(figure.meaning)}</td></tr>')
-    return f'<div class="wide"><table><tr><th></th>{heads}<th></th></tr>{"".join(rows)}</table></div>'
+    return (
+        f'<div class="wide"><table><tr><th></th>{heads}<th>to compare</th><th></th></tr>{"".join(rows)}</table></div>'
+    )
 
 
 def _samples(images: ImageData, tours: Sequence[Tour]) -> str:
@@ -118,13 +138,37 @@ def _training(images: ImageData) -> Images:
 
 
 def _one_latent(tours: Sequence[Tour]) -> str:
-    rows = []
+    parts = []
     for tour in tours:
-        draws = _tiles(tour.draws, 8, f"eight samples of the same density of {tour.name}", 88)
-        rows.append(_row([_tiles(tour.mean[None], 1, "the mean", 88), draws]))
+        shown = np.concatenate([tour.means[:, None], tour.draws], axis=1)
+        caption = f"{tour.name}: of each of {len(shown)} latents the mean, then {tour.draws.shape[1]} samples"
+        parts.append(_tiles(shown.reshape(-1, *shown.shape[2:]), shown.shape[1], caption, 62))
     return _section(
         "One latent, one decoder pass, many images",
-        "A decoder pass yields a whole distribution over images. The client draws from it without asking again.",
+        "A decoder pass yields a whole distribution over images; a row is one latent with other noise each time. With "
+        "structure its subject stays and its strokes vary; without, the mean stays and noise is put on it.",
+        _row(parts),
+    )
+
+
+def _completion(tours: Sequence[Tour]) -> str:
+    rows = []
+    for tour in tours:
+        done = tour.completion
+        given = np.where(done.mask[..., None], done.image, 128).astype(np.uint8)
+        rows.append(
+            _row(
+                [
+                    _tiles(done.image[None], 1, "a held-out image", 120),
+                    _tiles(given[None], 1, "what is given of it", 120),
+                    _tiles(done.completions, len(done.completions), f"completions by {tour.name}", 120),
+                ]
+            )
+        )
+    return _section(
+        "Half an image, three ways to go on",
+        f"Of {CANDIDATES} latents from the prior, the {COMPLETIONS} under which the upper half is likeliest; the "
+        "densities that they decode to are conditioned on that half, as softly as they need, and drawn from.",
         "".join(rows),
     )
 
@@ -207,18 +251,42 @@ def _scores(tours: Sequence[Tour]) -> str:
     )
 
 
-def _odd(tours: Sequence[Tour]) -> str:
-    parts = []
+def _map(odd: Odd, place: int, name: str) -> str:
+    """One image beside its surprise, with its p-value."""
+    buffer = io.BytesIO()
+    draw_map(odd.images[place], odd.surprise[place]).save(buffer, "PNG")
+    p_value = odd.p_values[place]
+    said = "no calibration" if np.isnan(p_value) else f"p = {p_value:.3f}"
+    caption = escape(f"{name}: {said}")
+    return (
+        f'<figure><img width="392" alt="{caption}" src="{_data_url(buffer.getvalue())}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _found(tours: Sequence[Tour]) -> str:
+    """Of data that has odd images: which of them have the largest spots, and how many are found by them."""
+    rows = []
     for tour in tours:
-        for image, surprise, p_value in zip(tour.odd.images, tour.odd.surprise, tour.odd.p_values, strict=True):
-            buffer = io.BytesIO()
-            draw_map(image, surprise).save(buffer, "PNG")
-            said = "no calibration" if np.isnan(p_value) else f"p = {p_value:.3f}"
-            caption = escape(f"{tour.name}: {said}")
-            parts.append(
-                f'<figure><img width="392" alt="{caption}" src="{_data_url(buffer.getvalue())}">'
-                f"<figcaption>{caption}</figcaption></figure>"
-            )
+        for name, odd in tour.found.items():
+            largest = np.argsort(odd.spots)[::-1][:SHOWN_SPOTS]
+            median = f"median spot {np.median(odd.spots):.1f} sd"
+            rows.append(_row([_map(odd, int(place), f"{tour.name}, {name}, {median}") for place in largest]))
+    if not rows:
+        return ""
+    return _section(
+        "Infected or not?",
+        f"Trained on healthy cells alone. Of healthy and of infected ones that no step has seen, the {SHOWN_SPOTS} "
+        "with the largest spot of surprise within the cell. How well the spot tells them apart, `covae evaluate RUN "
+        "--measure spots` says.",
+        "".join(rows),
+    )
+
+
+def _odd(tours: Sequence[Tour]) -> str:
+    parts = [
+        _map(tour.odd, place, f"{tour.name}, {name}") for tour in tours for place, name in enumerate(tour.odd.names)
+    ]
     return _section(
         "Where is an image odd?",
         "A held-out image, and the same with a scratch; beside each its surprise: the whitened residual, 3×3 pixels "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,13 @@ from numpy.typing import NDArray
 
 from covae_client import Model, Scores
 from covae_core.densities import Density, HasComponents, slerp
-from covae_core.images import to_uint8
+from covae_core.images import to_uint8, to_unit
 
 SAMPLES = 24
+# So many latents are drawn from again and again.
+SUBJECTS, DRAWS = 4, 6
+# Of so many latents, those under which half an image is likeliest complete it.
+CANDIDATES, COMPLETIONS = 512, 3
 GRID = 6
 SWEEP = np.linspace(-3, 3, 9)
 SWEPT_COMPONENTS = 4
@@ -23,6 +27,7 @@ SCORE_SAMPLES = 20
 LATENCY_REQUESTS = 60
 
 Images = NDArray[np.uint8]
+Masked = tuple[Images, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,26 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Odd:
-    """A held-out image as it is and with a scratch: uint8 (2, H, W, C), their surprise (2, C, H, W), their p-values."""
+class Completion:
+    """A held-out image (H, W, C), which of its pixels are given (H, W), and how it may go on (N, H, W, C)."""
 
+    image: Images
+    mask: NDArray[np.bool_]
+    completions: Images
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Images beside their surprise and their p-values; spots: each one's largest, in standard deviations.
+
+    uint8 (N, H, W, C); (N, C, H, W); (N,); (N,)
+    """
+
+    names: Sequence[str]
     images: Images
     surprise: NDArray[np.float32]
     p_values: NDArray[np.float64]
+    spots: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -52,8 +71,9 @@ class Tour:
     name: str
     family: str
     samples: Images
-    mean: Images
+    means: Images
     draws: Images
+    completion: Completion
     interpolation: Images | None
     sweep: Images | None
     edit: Edit
@@ -62,11 +82,15 @@ class Tour:
     pixel: tuple[int, int]
     scores: dict[str, Scores]
     odd: Odd
+    found: dict[str, Odd]
     latencies_s: dict[str, NDArray[np.float64]]
 
 
-def take_tour(model: Model, held_out: Images, say: Callable[[str], None]) -> Tour:
-    """Sample, decode, interpolate, sweep, edit, score and time one model."""
+def take_tour(model: Model, held_out: Images, masked: Mapping[str, Masked], say: Callable[[str], None]) -> Tour:
+    """Sample, decode, interpolate, sweep, edit, complete, score and time one model.
+
+    masked: of data that has odd images, usual and odd ones with their masks, by name.
+    """
     say("sampling")
     samples, latents = model.sample_with_latents(SAMPLES, seed=0)
     latent = latents[0]
@@ -75,15 +99,18 @@ def take_tour(model: Model, held_out: Images, say: Callable[[str], None]) -> Tou
     pixel = _most_uncertain(deviation)
     say("editing")
     edit = _edit(model, latent, density, pixel)
+    completion = _complete(model, held_out[0])
     say("scoring")
     scores = _score(model, held_out)
+    found = {name: _look_at(model, *pair) for name, pair in masked.items()}
     say("timing requests")
     return Tour(
         name=model.name,
         family=model.spec.family,
         samples=samples,
-        mean=_image(density.mean),
-        draws=model.draw(latent, 8, seed=1),
+        means=_image(model.decode(latents[:SUBJECTS]).mean),
+        draws=model.draw(latents[:SUBJECTS], DRAWS, seed=1),
+        completion=completion,
         interpolation=_interpolate(density) if isinstance(density, HasComponents) else None,
         sweep=_sweep(density) if isinstance(density, HasComponents) else None,
         edit=edit,
@@ -92,6 +119,7 @@ def take_tour(model: Model, held_out: Images, say: Callable[[str], None]) -> Tou
         pixel=pixel,
         scores=scores,
         odd=_scratch(model, held_out[0]),
+        found=found,
         latencies_s=_time(model, latent, samples[0], edit),
     )
 
@@ -145,6 +173,33 @@ def _edit(model: Model, latent: NDArray[np.float32], density: Density, pixel: tu
     return Edit(before, pixels, mask, first.image, np.stack([first.sample, second.sample]))
 
 
+def _complete(model: Model, image: Images) -> Completion:
+    """The upper half of an image, and what may be below it.
+
+    Of latents from the prior, those under which the half is likeliest; their densities, conditioned on it as softly as
+    they need.
+    """
+    given = image.shape[0] // 2
+    mask = np.zeros(image.shape[:2], dtype=np.bool_)
+    mask[:given] = True
+    latents = model.latents(CANDIDATES, seed=2)
+    density = model.decode(latents, scoring=True)
+    half = type(density)(**{name: value[..., :given, :] for name, value in density.parameters.items()})
+    likelihood = half.log_prob(np.moveaxis(to_unit(image[:given]), -1, -3))
+    found = []
+    for place in np.argsort(likelihood)[::-1][:COMPLETIONS]:
+        softness = model.softness_for(latents[place], mask, image)
+        found.append(model.condition(latents[place], mask, image, softness=softness, seed=2).sample)
+    return Completion(image, mask, np.stack(found))
+
+
+def _look_at(model: Model, images: Images, masks: NDArray[np.bool_]) -> Odd:
+    """Images within their masks."""
+    found = model.surprise(images, mask=masks)
+    p_values = model.score(images, num_samples=1).p_value
+    return Odd([""] * len(images), images, found.maps, p_values, found.spot)
+
+
 def _score(model: Model, held_out: Images) -> dict[str, Scores]:
     images = held_out[:SCORED]
     noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
@@ -161,7 +216,9 @@ def _scratch(model: Model, image: Images) -> Odd:
     places = np.arange(side // 8, side - side // 8)
     scratched[places, places] = 255 - scratched[places, places]
     images = np.stack([image, scratched])
-    return Odd(images, model.surprise(images).maps, model.score(images, num_samples=SCORE_SAMPLES).p_value)
+    found = model.surprise(images)
+    p_values = model.score(images, num_samples=SCORE_SAMPLES).p_value
+    return Odd(("as it is", "with a scratch"), images, found.maps, p_values, found.spot)
 
 
 def _time(model: Model, latent: NDArray[np.float32], image: Images, edit: Edit) -> dict[str, NDArray[np.float64]]:

@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
+from torch.nn.functional import unfold
 
 from covae_core.densities import LowRankNormal
 from covae_core.errors import InvalidArgument
 from covae_train.config import ImageShape, RunConfig
 from covae_train.families import Constraints, Family, register
 from covae_train.heads import BATCH, factor_covariance, fit, kept, mix_columns
-from covae_train.image_model import MeanFirstHead, Vae, pointwise_head
+from covae_train.image_model import MeanFirstHead, Vae, small_head
 from covae_train.mean_first import (
     START_IMAGES,
     Hold,
@@ -34,6 +35,8 @@ from covae_train.torch_backend import TorchBackend
 # The spread that the default entropy target grants a pixel. It gives κ = 5.7 for grey 64×64 images and 7.3 for the
 # paper's CelebA, where the paper has 5.5 and 7.6.
 DEFAULT_PIXEL_VARIANCE = 0.005
+# The side of the factor's convolution, where not the paper has it.
+FACTOR_KERNEL = 3
 # A factor is fitted to so many training images at most, with these learning rates.
 FACTOR_IMAGES = 3000
 FACTOR_RATE, VARIANCE_RATE = 0.02, 0.05
@@ -45,6 +48,12 @@ class SosVaeOptions(ObjectiveOptions):
     """SOS-VAE's own options."""
 
     rank: PositiveInt = Field(description="R, columns of the factor")
+    factor_kernel: int | None = Field(
+        None,
+        ge=1,
+        description="side of the convolution that makes the factor, odd  "
+        f"[{FACTOR_KERNEL}; of the paper's objective: 1]",
+    )
     variance: PositiveFloat = Field(1e-5, description="D, a pixel's independent variance in samples")
     kappa: PositiveFloat | None = Field(
         None,
@@ -67,16 +76,26 @@ class SosVaeOptions(ObjectiveOptions):
         description="of the paper's objective: share of the first phase's loss that goes on holding the mean",
     )
 
+    @property
+    def kernel(self) -> int:
+        """The factor's k, as given or by objective."""
+        return self.factor_kernel or (1 if self.objective == "paper" else FACTOR_KERNEL)
+
 
 class LowRankHead(MeanFirstHead):
-    """Mean and factor by 1×1 convolutions; D is the constant ε (section 3.3: the optimisation tricks).
+    """Mean and factor by 1×1 and k×k convolutions; D is the constant ε (section 3.3: the optimisation tricks).
+
+    The paper has k = 1. Larger ones make columns of the features' differences too, along which strokes move and
+    thicken where features alone can make them but brighter.
 
     With a floor there is a second variance, learned: images are scored with it, and drawn with ε.
     """
 
-    def __init__(self, in_width: int, channels: int, rank: int, variance: float, floor: float | None = None) -> None:
+    def __init__(
+        self, in_width: int, channels: int, rank: int, variance: float, floor: float | None = None, kernel: int = 1
+    ) -> None:
         super().__init__(in_width, channels, variance, floor)
-        self.factor = pointwise_head(in_width, rank * channels, 0.0)
+        self.factor = small_head(in_width, rank * channels, 0.0, kernel)
         self.rank = rank
 
     def density(self, features: Tensor) -> LowRankNormal:
@@ -101,12 +120,19 @@ def begin_at_residuals(model: Vae, training: TrainingImages) -> None:
 
 def start_factor(head: LowRankHead, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """The factor's weights from features and images, in batches."""
-    residuals = ((features, images - head.mean(features)) for features, images in pairs)
-    weights = residual_components(residuals, head.rank).flatten(0, 1).to(head.factor.weight)  # shape: (R·C, F + 1)
+    kernel = head.factor.kernel_size[0]
+    residuals = ((neighbours(features, kernel), images - head.mean(features)) for features, images in pairs)
+    weights = residual_components(residuals, head.rank).flatten(0, 1).to(head.factor.weight)  # shape: (R·C, F·k² + 1)
     found = weights.any(1)
     assert head.factor.bias is not None
-    head.factor.weight[found] = weights[found, :-1, None, None]
+    head.factor.weight[found] = weights[found, :-1].reshape(-1, *head.factor.weight.shape[1:])
     head.factor.bias[found] = weights[found, -1]
+
+
+def neighbours(features: Tensor, kernel: int) -> Tensor:
+    """What a k×k convolution sees of each pixel, 0 beyond the border. shape: (B, F, H, W) → (B, F·k², H, W)"""
+    batch, _, height, width = features.shape
+    return unfold(features, kernel, padding=kernel // 2).reshape(batch, -1, height, width)
 
 
 def fit_factor(model: Vae, training: TrainingImages) -> None:
@@ -174,15 +200,18 @@ def build(config: RunConfig) -> Vae:
     """The paper's encoder and decoder with a low-rank head.
 
     Raises:
-        InvalidArgument: the rank is more than a 1×1 convolution of the first width can span.
+        InvalidArgument: the kernel is even, or the rank is more than a convolution of the first width can span.
     """
     options = cast(SosVaeOptions, config.options)
     height, width, channels = config.image_shape
-    limit = options.widths[0] * channels
+    kernel = options.kernel
+    if kernel % 2 == 0:
+        raise InvalidArgument(f"factor_kernel: found {kernel}; expected an odd number")
+    limit = options.widths[0] * kernel**2 * channels
     if options.rank > limit:
         raise InvalidArgument(
-            f"rank: found {options.rank}; a 1x1 factor head on widths[0] = {options.widths[0]} feature maps of "
-            f"{channels} channel(s) spans at most {limit}: widen widths[0] or lower rank"
+            f"rank: found {options.rank}; a {kernel}x{kernel} factor head on widths[0] = {options.widths[0]} feature "
+            f"maps of {channels} channel(s) spans at most {limit}: widen widths[0] or lower rank"
         )
     return Vae(
         Encoder(channels, options.widths, options.latent_size),
@@ -193,6 +222,7 @@ def build(config: RunConfig) -> Vae:
             options.rank,
             options.variance,
             None if options.objective == "paper" else options.floor,
+            kernel,
         ),
         (options.latent_size,),
     )
