@@ -25,6 +25,7 @@ def fit(
     density: Callable[[Tensor], Density],
     images: Tensor,
     random: torch.Generator,
+    steps: int = STEPS,
 ) -> None:
     """Maximise the mean log-likelihood of images, by Adam.
 
@@ -36,9 +37,9 @@ def fit(
     adam = torch.optim.Adam(groups)
     limit = CLIP * images[0].numel()
     with torch.enable_grad():
-        for step in range(STEPS):
+        for step in range(steps):
             for group in adam.param_groups:
-                group["lr"] = group["rate"] * 0.5 * (1 + cos(pi * step / STEPS))
+                group["lr"] = group["rate"] * 0.5 * (1 + cos(pi * step / steps))
             rows = torch.randint(len(images), (min(BATCH, len(images)),), generator=random)
             loss = -density(rows).log_prob(images[rows]).mean()
             adam.zero_grad()

@@ -67,7 +67,7 @@ class ObjectiveOptions(ResidualOptions):
 
 
 def objective_defaults(image_shape: ImageShape) -> dict[str, Any]:
-    """The likelihood; the least variance is that of the digits' 17 grey levels up to 16×16, near a byte's above."""
+    """The likelihood; the least variance is that of the digits' 17 grey levels up to 16×16, next to none above."""
     return {"objective": "likelihood", "floor": LEVEL_VARIANCE if max(image_shape[:2]) <= LEVELS_SIDE else FLOOR}
 
 

@@ -37,8 +37,8 @@ from covae_train.torch_backend import TorchBackend
 DEFAULT_PIXEL_VARIANCE = 0.005
 # The side of the factor's convolution, where not the paper has it.
 FACTOR_KERNEL = 3
-# A factor is fitted to so many training images at most, with these learning rates.
-FACTOR_IMAGES = 3000
+# A factor is fitted to so many training images at most, in so many steps, with these learning rates.
+FACTOR_IMAGES, FACTOR_STEPS = 3000, 800
 FACTOR_RATE, VARIANCE_RATE = 0.02, 0.05
 # Up to this side the factor begins at the residuals and the mean is held; above, as the paper has it.
 SMALL_SIDE = 32
@@ -86,9 +86,11 @@ class LowRankHead(MeanFirstHead):
     """Mean and factor by 1×1 and k×k convolutions; D is the constant ε (section 3.3: the optimisation tricks).
 
     The paper has k = 1. Larger ones make columns of the features' differences too, along which strokes move and
-    thicken where features alone can make them but brighter.
+    thicken where features alone can but make them brighter.
 
-    With a floor there is a second variance, learned: images are scored with it, and drawn with ε.
+    With a floor there is a second variance D, learned: images are scored with it, and drawn with ε. The factor is then
+    D^(½) times the convolution's maps, in units of each pixel's own standard deviation: where pixels hardly vary, as on
+    a black background, a column is next to nothing by itself.
     """
 
     def __init__(
@@ -108,8 +110,9 @@ class LowRankHead(MeanFirstHead):
 
     def columns(self, features: Tensor) -> Tensor:
         """P. shape: (B, R, C, H, W)"""
-        factor: Tensor = self.factor(features)
-        return factor.reshape(factor.shape[0], self.rank, -1, *factor.shape[2:])
+        maps: Tensor = self.factor(features)
+        columns = maps.reshape(maps.shape[0], self.rank, -1, *maps.shape[2:])
+        return columns if self.variance is None else columns * self.variances(features).sqrt()[:, None]
 
 
 def begin_at_residuals(model: Vae, training: TrainingImages) -> None:
@@ -119,9 +122,14 @@ def begin_at_residuals(model: Vae, training: TrainingImages) -> None:
 
 
 def start_factor(head: LowRankHead, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """The factor's weights from features and images, in batches."""
+    """The factor's weights from features and images, in batches; of residuals in the units that the factor is in."""
     kernel = head.factor.kernel_size[0]
-    residuals = ((neighbours(features, kernel), images - head.mean(features)) for features, images in pairs)
+
+    def residual(features: Tensor, images: Tensor) -> Tensor:
+        found: Tensor = images - head.mean(features)
+        return found if head.variance is None else found / head.variances(features).sqrt()
+
+    residuals = ((neighbours(features, kernel), residual(features, images)) for features, images in pairs)
     weights = residual_components(residuals, head.rank).flatten(0, 1).to(head.factor.weight)  # shape: (R·C, F·k² + 1)
     found = weights.any(1)
     assert head.factor.bias is not None
@@ -153,7 +161,7 @@ def fit_factor(model: Vae, training: TrainingImages) -> None:
         return LowRankNormal(means[rows], head.columns(chosen), head.variances(chosen), check=False)
 
     rates = {FACTOR_RATE: list(head.factor.parameters()), VARIANCE_RATE: list(head.variance.parameters())}
-    fit(rates, density, images, torch.Generator().manual_seed(0))
+    fit(rates, density, images, torch.Generator().manual_seed(0), FACTOR_STEPS)
     some = torch.split(torch.arange(min(len(images), START_IMAGES)), BATCH)
     mix_columns(head.factor, factor_covariance((density(rows), images[rows]) for rows in some))
 
