@@ -169,3 +169,36 @@ def test_without_a_first_phase_there_are_no_residuals_to_begin_from(few_digits, 
     trained(tiny_config(residual_start=False, mean_epochs=0), few_digits, tmp_path / "plain", reports.append)
     first, second = [report.entropy for report in reports if report.step == 1]
     assert first == second
+
+
+@torch.no_grad()
+def test_a_kernel_of_three_makes_the_columns_along_which_a_shape_moves():
+    """Residuals of a blurred edge that moves are its differences: no 1×1 convolution makes these, a 3×3 one does."""
+    torch.manual_seed(0)
+    shapes = torch.nn.functional.avg_pool2d(torch.rand(60, 1, 12, 12), 3, 1)  # shape: (60, 1, 10, 10)
+    moved = shapes - torch.nn.functional.pad(shapes, (1, 0))[..., :-1]
+    images = moved * torch.randn(60, 1, 1, 1)
+    explained = {}
+    for kernel in (1, 3):
+        head = LowRankHead(1, 1, 1, 1e-5, kernel=kernel)
+        torch.nn.init.zeros_(head.mean.weight)
+        torch.nn.init.zeros_(head.mean.bias)
+        Shown([(shapes, images)]).begin(head)
+        column = head.density(shapes).factor[:, 0, 0, 1:-1, 1:-1].flatten(1)
+        wanted = images[:, 0, 1:-1, 1:-1].flatten(1)
+        explained[kernel] = torch.cosine_similarity(column, wanted).abs().mean()
+    assert explained[1] < 0.5
+    assert explained[3] > 0.95
+
+
+@torch.no_grad()
+def test_a_factor_with_a_learned_variance_is_in_units_of_each_pixels_deviation():
+    torch.manual_seed(0)
+    head = LowRankHead(16, 1, 3, 1e-5, floor=1e-4)
+    torch.nn.init.normal_(head.variance.weight)
+    features, images = torch.randn(12, 16, 5, 6), torch.rand(12, 1, 5, 6)
+    deviation = head.variances(features).sqrt()
+    wanted = columns(residual_components([(features, (images - head.mean(features)) / deviation)], 3), features)
+    Shown([(features, images)]).begin(head)
+    found = (head.scoring_density(features).factor / deviation[:, None]).flatten(2).mT.double()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

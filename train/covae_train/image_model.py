@@ -19,8 +19,8 @@ from covae_train.priors import Prior, StandardNormal
 # SOS-VAE's head initialisation: the first mean is mid-grey, the first factor next to nothing.
 HEAD_WEIGHT_STD = 1e-5
 MEAN_BIAS = 0.5
-# The least learned variance of a pixel in [0, 1]: far below that of a byte's rounding, 1.3e-6, as MNIST's black is exact,
-# and as much as float32 can bear.
+# The least learned variance of a pixel in [0, 1]: below that of a byte's rounding, 1.3e-6, as MNIST's black is exact,
+# and as little as float32 can bear.
 FLOOR = 1e-7
 
 
