@@ -140,7 +140,7 @@ def test_every_measure_measures_it_or_says_what_it_lacks(measure, run, digits, s
         run = replace(run, calibration=calibrated.scores)
     missing = found.needs(run)
     if missing:
-        assert not run.model.encodes
+        assert measure == "spots" or not run.model.encodes  # digits have no odd images
         return
     figures = found.compute(run, some_digits, Settings(images=16, samples=3))
     assert figures

@@ -1,6 +1,7 @@
-"""Measures of where images are odd: areas against scikit-learn's, defects that are as they say, odd images and masks."""
+"""Measures of where images are odd: areas against scikit-learn, defects that are as they say, odd images and masks."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -13,8 +14,12 @@ from sklearn.metrics import roc_auc_score
 from covae_core.surprise import patch_sums
 from covae_train.data import has_odd_images, odd_images_of
 from covae_train.errors import DataError
-from covae_train.measures.defects import areas, defects_of
-from covae_train.measures.spots import area, gap
+from covae_train.measures import Settings, find_measure
+from covae_train.measures.defects import areas, defects_of, residual_maps
+from covae_train.measures.spots import area, gap, measured
+from covae_train.run import load_run
+
+from .toys import tiny_config, trained
 
 RANDOM = np.random.default_rng(0)
 
@@ -61,18 +66,39 @@ def png(image):
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def test_odd_images_come_with_their_masks(tmp_path, monkeypatch):
-    monkeypatch.setenv("COVAE_DATA", str(tmp_path))
-    assert not has_odd_images("cells")
-    with pytest.raises(DataError, match=r"found no odd images; expected infected\.parquet"):
-        odd_images_of("cells", (8, 8, 1))
+@pytest.fixture
+def cells(tmp_path):
+    """Three usual and three odd images of 8×8, with masks, as COVAE_DATA has them."""
     (tmp_path / "cells").mkdir()
     images = RANDOM.integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
     masks = RANDOM.random((2, 3, 8, 8)) < 0.5
     for name, part, where in zip(("test", "infected"), images, masks, strict=True):
         table = {"image": [png(one) for one in part], "mask": [png(one.astype(np.uint8) * 255) for one in where]}
         pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "cells" / f"{name}.parquet")
+    return images, masks
+
+
+def test_odd_images_come_with_their_masks(cells, tmp_path, monkeypatch):
+    monkeypatch.setenv("COVAE_DATA", str(tmp_path))
     found = odd_images_of("cells", (8, 8, 1))
-    for (pixels, where), part, mask in zip(found, images, masks, strict=True):
+    for (pixels, where), part, mask in zip(found, *cells, strict=True):
         assert torch.equal(pixels[:, 0], torch.from_numpy(part))
         assert torch.equal(where, torch.from_numpy(mask))
+    (tmp_path / "cells" / "infected.parquet").unlink()
+    assert not has_odd_images("cells")
+    with pytest.raises(DataError, match=r"found no odd images; expected infected\.parquet"):
+        odd_images_of("cells", (8, 8, 1))
+
+
+def test_spots_are_those_within_the_masks(cells, tmp_path, monkeypatch, few_digits):
+    monkeypatch.setenv("COVAE_DATA", str(tmp_path))
+    trained(tiny_config("sos-vae", epochs=2, mean_epochs=1), few_digits, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    run = replace(run, config=run.config.model_copy(update={"data": "cells"}))
+    assert find_measure("spots").needs(run) is None
+    (usual, odd), figures = measured(run, few_digits, Settings())
+    for values, images, masks in zip((usual, odd), *cells, strict=True):
+        maps = residual_maps(run, torch.from_numpy(images)[:, None])["whitened"]
+        sums = patch_sums(maps * masks[:, None])
+        assert np.allclose(values, np.abs(sums).max((1, 2, 3)) / 3)
+    assert figures["AUROC of the largest spot, whitened"].value == pytest.approx(float(area(usual, odd)))
