@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
 from covae_apps.demo.tour import Images, Tour
+from covae_client.maps import overlay
 from covae_core.images import contact_sheet
 
 COLOURS = ("#0b6e99", "#d9730d")
@@ -49,21 +50,33 @@ def outlined(image: Images, mask: NDArray[np.bool_], scale: int) -> Images:
 
 
 def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
-    """README's picture: training images and samples of each model; an edit of the first model in three steps."""
-    edit = tours[0].edit
-    panels = [("training images", contact_sheet(training[:20], 5))]
-    panels += [(f"samples, {tour.family}", contact_sheet(tour.samples[:20], 5)) for tour in tours]
+    """README's picture: training images and samples of each model; one latent with other noise; what the first can do.
+
+    The last row: an edit in three steps, half an image and how it may go on, a scratch and where it is found.
+    """
+    panels = [("training images", contact_sheet(training[:18], 6))]
+    panels += [(f"samples, {tour.family}", contact_sheet(tour.samples[:18], 6)) for tour in tours]
+    noises = []
+    for tour in tours:
+        shown = np.concatenate([tour.means[:, None], tour.draws], axis=1)[:3]
+        sheet = contact_sheet(shown.reshape(-1, *shown.shape[2:]), shown.shape[1])
+        noises.append((f"{tour.family}: a mean, then the same latent with other noise", sheet))
+    edit, done, odd = tours[0].edit, tours[0].completion, tours[0].odd
+    given = np.where(done.mask[..., None], done.image, 128).astype(np.uint8)
     steps = [
         ("an image", edit.before),
         ("four pixels set", outlined(edit.pixels, edit.mask, OUTLINE_SCALE)),
         ("the rest follows", edit.mean),
-        ("a sample that agrees", edit.samples[0]),
-        ("another", edit.samples[1]),
+        ("half an image", given),
+        ("it may go on so", done.completions[0]),
+        ("or so", done.completions[1]),
+        ("a scratch", odd.images[1]),
+        (f"found: p = {odd.p_values[1]:.3f}", overlay(odd.images[1], odd.surprise[1])),
     ]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 4.6), layout="constrained")
-        grid = figure.add_gridspec(2, 1, height_ratios=(1.6, 1))
-        for row, pictures in enumerate((panels, steps)):
+        figure = Figure(figsize=(9, 5.2), layout="constrained")
+        grid = figure.add_gridspec(3, 1, height_ratios=(1.5, 1.7, 1.2))
+        for row, pictures in enumerate((panels, noises, steps)):
             axes = figure.add_subfigure(grid[row]).subplots(1, len(pictures), gridspec_kw={"wspace": 0.08})
             for axis, (title, image) in zip(axes, pictures, strict=True):
                 axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")

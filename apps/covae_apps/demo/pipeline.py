@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from covae_serving.repository import read_model
 from covae_serving.service import Service
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData, has_odd_images, load_images, odd_images_of
+from covae_train.families import find_family
 from covae_train.measures.calibration import whitened
 from covae_train.measures.coherence import lag1, lag1_autocorrelation
 from covae_train.measures.reconstruction import mean_error
@@ -45,16 +47,21 @@ CHECKED_TRAINING, COMPONENTS = 2000, 16
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a demo trains: all epochs, those of them that train the mean alone, and on how many images at most."""
+    """How a demo trains: the families' options, and on how many images at most."""
 
-    epochs: int
-    mean_epochs: int
+    options: Mapping[str, Any]
     limit: int | None = None
 
 
-# Two minutes for the digits on one core, five for the others; a large data set makes more steps in fewer epochs.
-SCHEDULES = {"digits": Schedule(100, 35), "cells": Schedule(10, 5)}
-OTHER_SCHEDULE = Schedule(5, 2, 10_000)
+# Two minutes for the digits on one core, seven for the others; a large data set makes more steps in fewer epochs.
+SMALL_WIDTHS = {"widths": (16, 32, 64, 64), "latent_size": 32, "rank": 16, "target_kl": 30.0}
+SCHEDULES = {
+    "digits": Schedule({"epochs": 100, "mean_epochs": 35}),
+    "cells": Schedule(
+        {"epochs": 10, "mean_epochs": 5, "learning_rate": 1e-3, "mean_learning_rate": 1e-3, **SMALL_WIDTHS}
+    ),
+}
+OTHER_SCHEDULE = Schedule({"epochs": 5, "mean_epochs": 2}, 10_000)
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,9 @@ def run_demo(
 def _train(family: str, name: str, images: ImageData, places: Places, console: Console) -> TrainedRun:
     console.rule(f"2  train {family}")
     folder = places.runs / f"{name}-{family}"
-    schedule = SCHEDULES.get(name, OTHER_SCHEDULE)
-    given = {} if has_run(folder) else {"epochs": schedule.epochs, "mean_epochs": schedule.mean_epochs}
+    fields = find_family(family).options.model_fields
+    options = SCHEDULES.get(name, OTHER_SCHEDULE).options
+    given = {} if has_run(folder) else {key: value for key, value in options.items() if key in fields}
     fit_with_progress(Trainer(config_for(folder, family, images, given), images, folder))
     return load_run(folder)
 

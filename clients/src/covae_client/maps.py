@@ -42,22 +42,27 @@ def colours(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     return mixed
 
 
-def draw_map(image: NDArray[np.uint8], surprise: NDArray[np.floating[Any]]) -> Image.Image:
-    """An image beside its surprise, and a legend: what 3×3 neighbours add up to, in standard deviations.
+def overlay(image: NDArray[np.uint8], surprise: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """A dimmed image under the colours of its surprise: what 3×3 neighbours add up to, in standard deviations.
 
-    image: (H, W, C) uint8; surprise: (C, H, W)
+    image: (H, W, C) uint8; surprise: (C, H, W); returns (H, W, 3)
     """
     magnitude = np.abs(patch_sums(surprise[None])[0]).max(axis=0) / 3
     grey = image.mean(axis=2, keepdims=True) * 0.35
     share = np.clip(magnitude / LIMIT, 0, 1)[..., None] ** 0.5
-    overlay = np.rint(grey * (1 - share) + colours(magnitude) * share).astype(np.uint8)
-    height, width = magnitude.shape
+    mixed: NDArray[np.uint8] = np.rint(grey * (1 - share) + colours(magnitude) * share).astype(np.uint8)
+    return mixed
+
+
+def draw_map(image: NDArray[np.uint8], surprise: NDArray[np.floating[Any]]) -> Image.Image:
+    """An image beside its overlay, and a legend. Arguments as for overlay."""
+    height, width, _ = image.shape
     factor = -(-SIDE // min(height, width))
     size = (width * factor, height * factor)
     plain = np.broadcast_to(image, (height, width, 3)) if image.shape[2] == 1 else image
     picture = Image.new("RGB", (2 * size[0] + 8, size[1] + LEGEND), "white")
     picture.paste(Image.fromarray(np.ascontiguousarray(plain)).resize(size, Image.Resampling.NEAREST), (0, 0))
-    picture.paste(Image.fromarray(overlay).resize(size, Image.Resampling.NEAREST), (size[0] + 8, 0))
+    picture.paste(Image.fromarray(overlay(image, surprise)).resize(size, Image.Resampling.NEAREST), (size[0] + 8, 0))
     _legend(picture, size[0] + 8, size[1] + 6, size[0])
     return picture
 
