@@ -62,9 +62,21 @@ def bench_draw(
 ) -> None:
     """Time several draws of one density beside one sample, both graphs in ONNX Runtime, the paper's model at 64×64."""
     use_threads(threads)
-    from covae_apps.bench_draw import run
+    from covae_apps.bench_graphs import run_draw
 
-    run(repeats, draws, batch or [1, 16], threads)
+    run_draw(repeats, draws, batch or [1, 16], threads)
+
+
+@bench.command("score")
+def bench_score(
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of ten weights")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+) -> None:
+    """Time importance weights beside one encode and as many decodes, in ONNX Runtime, the paper's model at 64×64."""
+    use_threads(threads)
+    from covae_apps.bench_graphs import run_score
+
+    run_score(repeats, threads)
 
 
 def report(

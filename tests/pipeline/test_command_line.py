@@ -71,10 +71,10 @@ def test_sample_writes_one_grid(covae, service, sos, tmp_path):
 
 @pytest.fixture
 def edit_file(tmp_path) -> Path:
-    """An edit whose four opaque pixels are white; the others are transparent, and of a colour that must not count."""
+    """An edit whose sixteen opaque pixels, more than the rank, are white; the others are transparent, and of a colour that must not count."""
     edit = np.full((8, 8, 4), 77, dtype=np.uint8)
     edit[..., 3] = 0
-    edit[2:4, 2:4] = 255
+    edit[2:6, 2:6] = 255
     Image.fromarray(edit).save(tmp_path / "edit.png")
     return tmp_path / "edit.png"
 
@@ -93,12 +93,12 @@ def test_edit_keeps_opaque_pixels_and_lets_the_rest_follow(covae, service, sos, 
     )  # fmt: skip
     assert (softer.returncode, softer.stderr) == (0, "")
     mask = np.zeros((8, 8), dtype=bool)
-    mask[2:4, 2:4] = True
+    mask[2:6, 2:6] = True
     white = np.full((8, 8, 1), 255, dtype=np.uint8)
     latents = np.repeat(sos.latents(1, seed=3, start=5), 2, axis=0)
     wanted = sos.condition(latents, mask, white, seed=3, start=5)
     found = {file.name: read(file) for file in (tmp_path / "edits").iterdir()}
-    assert all((image[2:4, 2:4] == 255).all() for image in found.values())
+    assert all((image[2:6, 2:6] == 255).all() for image in found.values())
     np.testing.assert_array_equal(found["mean.png"], wanted.image[0])
     np.testing.assert_array_equal([found["sample-0.png"], found["sample-1.png"]], wanted.sample)
 
@@ -111,7 +111,7 @@ def test_edit_begins_from_a_picture(covae, service, sos, held_out, edit_file, tm
 
     assert done.returncode == 0, done.stderr
     mask = np.zeros((8, 8), dtype=bool)
-    mask[2:4, 2:4] = True
+    mask[2:6, 2:6] = True
     wanted = sos.condition(sos.encode(held_out[0]).mean, mask, np.full((8, 8, 1), 255, dtype=np.uint8))
     np.testing.assert_array_equal(read(tmp_path / "edits" / "mean.png"), wanted.image)
 

@@ -65,13 +65,13 @@ def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
     given = np.where(done.mask[..., None], done.image, 128).astype(np.uint8)
     steps = [
         ("an image", edit.before),
-        ("four pixels set", outlined(edit.pixels, edit.mask, OUTLINE_SCALE)),
+        ("4 pixels set", outlined(edit.pixels, edit.mask, OUTLINE_SCALE)),
         ("the rest follows", edit.mean),
-        ("half an image", given),
-        ("it may go on so", done.completions[0]),
+        ("half given", given),
+        ("it goes on so", done.completions[0]),
         ("or so", done.completions[1]),
         ("a scratch", odd.images[1]),
-        (f"found: p = {odd.p_values[1]:.3f}", overlay(odd.images[1], odd.surprise[1])),
+        (f"found, p = {odd.p_values[1]:.3f}", overlay(odd.images[1], odd.surprise[1])),
     ]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.2), layout="constrained")
@@ -80,7 +80,7 @@ def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
             axes = figure.add_subfigure(grid[row]).subplots(1, len(pictures), gridspec_kw={"wspace": 0.08})
             for axis, (title, image) in zip(axes, pictures, strict=True):
                 axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                axis.set_title(title)
+                axis.set_title(title, fontsize=8.5)
                 axis.set_axis_off()
         return _png(figure)
 
