@@ -71,7 +71,7 @@ def test_sample_writes_one_grid(covae, service, sos, tmp_path):
 
 @pytest.fixture
 def edit_file(tmp_path) -> Path:
-    """An edit whose sixteen opaque pixels, more than the rank, are white; the others are transparent, and of a colour that must not count."""
+    """An edit whose sixteen opaque pixels, more than the rank, are white; the others, transparent, must not count."""
     edit = np.full((8, 8, 4), 77, dtype=np.uint8)
     edit[..., 3] = 0
     edit[2:6, 2:6] = 255

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from covae_core.densities import DiagonalNormal, LowRankNormal
@@ -110,6 +111,15 @@ def test_images_aside_are_none_that_are_trained_on():
     both = torch.cat([split.train, split.aside]).flatten(1)
     assert torch.equal(torch.unique(both, dim=0), torch.unique(whole.train.flatten(1), dim=0))
     assert len(load_images("digits", aside=None).aside) == 250
+
+
+def test_a_small_set_keeps_none_from_training_that_would_calibrate_nothing(tmp_path):
+    for index in range(132):
+        Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
+    assert len(load_images(str(tmp_path), aside=None).aside or ()) == 0, "a sixth of 119 images is 19"
+    for index in range(132, 140):
+        Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
+    assert len(load_images(str(tmp_path), aside=None).aside) == 21
 
 
 def test_the_factors_noise_has_the_covariance_that_images_show():

@@ -28,7 +28,7 @@ from covae_core.calibration import Calibration, calibrate_on, parts_of
 from covae_core.densities import Density
 from covae_core.images import channels_last
 from covae_core.surprise import surprise
-from covae_train.data import ImageData
+from covae_train.data import FEWEST, ImageData
 from covae_train.errors import CheckpointError, DataError
 from covae_train.heads import at_draw, fit, kept, start_variance
 from covae_train.image_model import FLOOR, FittedSpread, ImageModel, Vae
@@ -41,8 +41,6 @@ FIT_RATE = 0.02
 BATCH = 100
 # What calibrates a run that leaves nothing else.
 HELD_OUT = "held out, the first half"
-# Fewer images than this say too little.
-FEWEST = 20
 
 
 @dataclass(frozen=True)

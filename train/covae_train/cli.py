@@ -294,7 +294,7 @@ def kl_target(trainer: Trainer) -> float | None:
 
 def calibrate_aside(trainer: Trainer, console: Console) -> None:
     """Calibrate what was trained on the images that were kept aside; a note, if there are too few."""
-    from covae_train.calibration import FEWEST
+    from covae_train.data import FEWEST
 
     data = trainer.data
     if data.aside is not None and len(data.aside) >= FEWEST:

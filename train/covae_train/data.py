@@ -25,6 +25,8 @@ from covae_train.errors import DataError
 MIN_SIZE, MAX_SIZE = 8, 256
 # Of the images that are kept from training by default, a third fits variances, the rest calibrates scores.
 MAX_ASIDE = 3000
+# Fewer images than this calibrate nothing.
+FEWEST = 20
 # A folder's splits, by the lower-case names of its subfolders.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "val": "validation", "valid": "validation"}
 SPLIT_FOLDERS |= {"validation": "validation"}
@@ -113,7 +115,7 @@ def load_images(
         column: of a parquet file, the column of images; by default `image` or `img`, or the only one there is.
         limit: train on the first so many images.
         aside: so many images of the training split, chosen by a fixed seed, are kept from training; None: a sixth of
-            them, at most MAX_ASIDE.
+            them, at most MAX_ASIDE, or none if that is fewer than FEWEST.
 
     Raises:
         DataError: unknown name, nothing there, a corrupt image, images of unequal or unsupported size.
@@ -135,6 +137,8 @@ def load_images(
 
 def _set_aside(data: str, images: Tensor, aside: int | None) -> tuple[Tensor, Tensor | None]:
     count = min(MAX_ASIDE, len(images) // 6) if aside is None else aside
+    if aside is None and count < FEWEST:
+        count = 0
     if not count:
         return images, None
     if count > len(images) - 2:
