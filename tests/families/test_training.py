@@ -132,6 +132,7 @@ def test_the_kl_is_that_of_independent_normals(name, run):
 
 @pytest.mark.parametrize("measure", measures())
 def test_every_measure_measures_it_or_says_what_it_lacks(measure, run, digits, some_digits, monkeypatch):
+    monkeypatch.delenv("COVAE_DATA", raising=False)  # digits are at hand; to load the others takes a quarter minute
     monkeypatch.setattr("covae_train.measures.parzen.SAMPLES", 200)
     monkeypatch.setattr("covae_train.measures.importance.COUNTS", (100, 200))
     found = find_measure(measure)
