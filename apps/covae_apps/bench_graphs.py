@@ -25,9 +25,9 @@ from covae_train.families import build_model, make_config
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 
-# The paper's model at 64×64: the family's own defaults.
+# At 64×64 the family's default widths and rank are the paper's.
 FAMILY, COLOUR, GREY = "sos-vae", (64, 64, 3), (64, 64, 1)
-# A factor of about the size that training gives it, so that no pixel is clipped.
+# A factor of about the size that the paper's training gives it, so that no pixel is clipped.
 FACTOR_STD = 5e-3
 DRAW_BOUND, SCORE_BOUND, THROUGHPUT_BOUND = 1.3, 1.3, 0.85
 WEIGHTS, MANY_WEIGHTS = 10, 500
@@ -35,10 +35,12 @@ WEIGHTS, MANY_WEIGHTS = 10, 500
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def _untrained(image_shape: tuple[int, int, int], weights: int, draws: int) -> tuple[ImageModel, ModelSpec]:
+def _untrained(
+    image_shape: tuple[int, int, int], weights: int, draws: int, objective: str
+) -> tuple[ImageModel, ModelSpec]:
     """A model of the paper's widths, whose time is a trained one's, and what it says of itself."""
     torch.manual_seed(0)
-    config = make_config(family=FAMILY, data="none", image_shape=image_shape)
+    config = make_config(family=FAMILY, data="none", image_shape=image_shape, objective=objective)
     model = build_model(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("factor.weight"):
@@ -90,7 +92,7 @@ def _interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dic
 
 def run_draw(repeats: int, draws: int, batches: Sequence[int], threads: int) -> list[tuple[int, float, float, float]]:
     """Print, and return for each batch, the medians of `sample` and `draw` in ms, and of the ratio of neighbours."""
-    model, spec = _untrained(COLOUR, 1, draws)
+    model, spec = _untrained(COLOUR, 1, draws, "paper")
     sessions = _sessions(model, spec, ("sample", "draw"), threads)
     rows = []
     for batch in batches:
@@ -118,7 +120,7 @@ def run_score(repeats: int, threads: int) -> list[tuple[int, float, float, float
     """
     rows = []
     for weights, per_call in ((WEIGHTS, WEIGHTS), (MANY_WEIGHTS, default_score_samples(GREY))):
-        model, spec = _untrained(GREY, per_call, 1)
+        model, spec = _untrained(GREY, per_call, 1, "likelihood")
         sessions = _sessions(model, spec, ("score", "encode", "decode"), threads)
         count = -(-weights // per_call)
         score, encode = ((sessions[name], _feeds(spec, name, 1)) for name in ("score", "encode"))

@@ -151,7 +151,7 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
 
     Returns the rows, one entry each with every figure of every seed, and of each pair what its paired measures make of
     the same images, with standard errors, seed by seed. A measure that a row's runs lack something for is left out of
-    it, and told, unless it was asked for.
+    it, and told.
 
     Raises:
         InvalidArgument: `only` names no arm.
@@ -174,7 +174,7 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
             for name in plan.measures or report.measures:
                 item = find_measure(name)
                 lacks = item.needs(run)
-                if lacks and not plan.measures:
+                if lacks:
                     console.print(f"{name}: left out, {lacks} is missing")
                     continue
                 if isinstance(item, PairedMeasure):

@@ -83,6 +83,13 @@ def source(data: ImageData, limit: int | None) -> tuple[str, Tensor] | None:
     return next(((what, images) for what, images in choices if images is not None and len(images) >= FEWEST), None)
 
 
+def untouched(data: ImageData, limit: int | None) -> Tensor:
+    """The held-out images that took no part in a calibration: the second half of them, if the first one did."""
+    calibrated = source(data, limit)
+    half = calibrated is not None and calibrated[0] == HELD_OUT
+    return data.held_out[len(data.held_out) // 2 :] if half else data.held_out
+
+
 def calibrate_model(
     model: ImageModel,
     images: Tensor,

@@ -104,7 +104,7 @@ def factor_covariance(densities: Iterable[tuple[LowRankNormal, Tensor]]) -> Tens
 
 
 def mix_columns(layer: nn.Conv2d, covariance: Tensor) -> None:
-    """Let a 1×1 convolution that yields R·C maps yield the columns of P C^(½) in place of those of P."""
+    """Let a convolution that yields R·C maps yield the columns of P C^(½) in place of those of P."""
     values, vectors = torch.linalg.eigh(covariance)
     mixing = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     for parameter in (layer.weight, layer.bias):

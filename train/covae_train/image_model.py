@@ -94,9 +94,14 @@ class DensityHead(nn.Module, ABC):
     def density(self, features: Tensor) -> Density:
         """The density to draw with."""
 
+    def densities(self, features: Tensor) -> tuple[Density, Density]:
+        """The one to draw with, and that to score with: the same, unless a head has a variance of its own for it."""
+        density = self.density(features)
+        return density, density
+
     def scoring_density(self, features: Tensor) -> Density:
-        """The density to score with; the same, unless a head has a variance of its own for it."""
-        return self.density(features)
+        """The density to score with."""
+        return self.densities(features)[1]
 
 
 class FittedSpread(nn.Module):
@@ -154,8 +159,8 @@ class Vae(ImageModel):
     def densities(self, latents: Mapping[str, Tensor], rows: int | None = None) -> tuple[Density, Density]:
         """p(x|z) to draw with, and to score with: of the spread that was fitted to unseen images, else the head's."""
         features = self.features(latents)
-        scoring = self.head.scoring_density(features)
-        return self.head.density(features), scoring if self.spread is None else self.spread.of(scoring, features)
+        drawing, scoring = self.head.densities(features)
+        return drawing, scoring if self.spread is None else self.spread.of(scoring, features)
 
     def features(self, latents: Mapping[str, Tensor]) -> Tensor:
         """The decoder's last feature maps. shape: (B, F, H, W)"""

@@ -18,7 +18,7 @@ SAMPLES = 24
 # So many latents are drawn from again and again.
 SUBJECTS, DRAWS = 4, 6
 # Of so many latents, those under which half an image is likeliest complete it.
-CANDIDATES, COMPLETIONS = 512, 3
+CANDIDATES, COMPLETIONS, AT_ONCE = 512, 3, 32
 GRID = 6
 SWEEP = np.linspace(-3, 3, 9)
 SWEPT_COMPONENTS = 4
@@ -183,9 +183,13 @@ def _complete(model: Model, image: Images) -> Completion:
     mask = np.zeros(image.shape[:2], dtype=np.bool_)
     mask[:given] = True
     latents = model.latents(CANDIDATES, seed=2)
-    density = model.decode(latents, scoring=True)
-    half = type(density)(**{name: value[..., :given, :] for name, value in density.parameters.items()})
-    likelihood = half.log_prob(np.moveaxis(to_unit(image[:given]), -1, -3))
+    upper = np.moveaxis(to_unit(image[:given]), -1, -3)
+    found_at = []
+    for start in range(0, CANDIDATES, AT_ONCE):
+        density = model.decode(latents[start : start + AT_ONCE], scoring=True)
+        half = type(density)(**{name: value[..., :given, :] for name, value in density.parameters.items()})
+        found_at.append(half.log_prob(upper))
+    likelihood = np.concatenate(found_at)
     found = []
     for place in np.argsort(likelihood)[::-1][:COMPLETIONS]:
         softness = model.softness_for(latents[place], mask, image)

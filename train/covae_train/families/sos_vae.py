@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import e, log, pi
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.nn.functional import unfold
 
@@ -37,6 +37,8 @@ from covae_train.torch_backend import TorchBackend
 DEFAULT_PIXEL_VARIANCE = 0.005
 # The side of the factor's convolution, where not the paper has it.
 FACTOR_KERNEL = 3
+# Bytes of what k×k convolutions see of images, at once.
+NEIGHBOUR_BYTES = 2**26
 # A factor is fitted to so many training images at most, in so many steps, with these learning rates.
 FACTOR_IMAGES, FACTOR_STEPS = 3000, 800
 FACTOR_RATE, VARIANCE_RATE = 0.02, 0.05
@@ -48,9 +50,8 @@ class SosVaeOptions(ObjectiveOptions):
     """SOS-VAE's own options."""
 
     rank: PositiveInt = Field(description="R, columns of the factor")
-    factor_kernel: int | None = Field(
-        None,
-        ge=1,
+    factor_kernel: PositiveInt = Field(
+        default_factory=lambda given: 1 if given.get("objective") == "paper" else FACTOR_KERNEL,
         description="side of the convolution that makes the factor, odd  "
         f"[{FACTOR_KERNEL}; of the paper's objective: 1]",
     )
@@ -76,10 +77,11 @@ class SosVaeOptions(ObjectiveOptions):
         description="of the paper's objective: share of the first phase's loss that goes on holding the mean",
     )
 
-    @property
-    def kernel(self) -> int:
-        """The factor's k, as given or by objective."""
-        return self.factor_kernel or (1 if self.objective == "paper" else FACTOR_KERNEL)
+    @model_validator(mode="after")
+    def _check_kernel(self) -> Self:
+        if self.factor_kernel % 2 == 0:
+            raise ValueError(f"factor_kernel: found {self.factor_kernel}; expected an odd number")
+        return self
 
 
 class LowRankHead(MeanFirstHead):
@@ -103,10 +105,12 @@ class LowRankHead(MeanFirstHead):
     def density(self, features: Tensor) -> LowRankNormal:
         return LowRankNormal(self.mean(features), self.columns(features), self.mean_variance, check=False)
 
-    def scoring_density(self, features: Tensor) -> LowRankNormal:
+    def densities(self, features: Tensor) -> tuple[LowRankNormal, LowRankNormal]:
+        drawing = self.density(features)
         if self.variance is None:
-            return self.density(features)
-        return LowRankNormal(self.mean(features), self.columns(features), self.variances(features), check=False)
+            return drawing, drawing
+        parts = {**drawing.parameters, "variance": self.variances(features)}
+        return drawing, LowRankNormal(**parts, check=False)
 
     def columns(self, features: Tensor) -> Tensor:
         """P. shape: (B, R, C, H, W)"""
@@ -129,7 +133,12 @@ def start_factor(head: LowRankHead, pairs: Iterable[tuple[Tensor, Tensor]]) -> N
         found: Tensor = images - head.mean(features)
         return found if head.variance is None else found / head.variances(features).sqrt()
 
-    residuals = ((neighbours(features, kernel), residual(features, images)) for features, images in pairs)
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for features, images in pairs:
+            rows = max(1, NEIGHBOUR_BYTES // (features[0].nbytes * kernel**2))
+            yield from zip(torch.split(features, rows), torch.split(images, rows), strict=True)
+
+    residuals = ((neighbours(features, kernel), residual(features, images)) for features, images in pieces())
     weights = residual_components(residuals, head.rank).flatten(0, 1).to(head.factor.weight)  # shape: (R·C, F·k² + 1)
     found = weights.any(1)
     assert head.factor.bias is not None
@@ -172,8 +181,8 @@ def residual_components(pairs: Iterable[tuple[Tensor, Tensor]], rank: int) -> Te
     With φ the F features and a constant 1 at every pixel, a column is p = Σ w_cf φ_f on channel c. Of all columns, the
     first maximises ρ = E[(pᵀr)²] / E[pᵀp], each next one the same among those orthogonal to the earlier ones on
     average: the generalised eigenvectors of E[g gᵀ], g_cf = φ_fᵀ r_c, and I_C ⊗ E[Σ φ φᵀ], the sum over pixels. The
-    columns are scaled to E[pᵀp] = ρ: up to the negligible D, what maximises the likelihood where the features are the
-    same for every image (probabilistic principal component analysis, Tipping & Bishop 1999).
+    columns are scaled to E[pᵀp] = ρ: where D is negligible, what maximises the likelihood if the features are the same
+    for every image (probabilistic principal component analysis, Tipping & Bishop 1999); elsewhere they are a start.
 
     Args:
         pairs: features (B, F, H, W) and residuals r (B, C, H, W) of images, in batches
@@ -208,13 +217,11 @@ def build(config: RunConfig) -> Vae:
     """The paper's encoder and decoder with a low-rank head.
 
     Raises:
-        InvalidArgument: the kernel is even, or the rank is more than a convolution of the first width can span.
+        InvalidArgument: the rank is more than a convolution of the first width can span.
     """
     options = cast(SosVaeOptions, config.options)
     height, width, channels = config.image_shape
-    kernel = options.kernel
-    if kernel % 2 == 0:
-        raise InvalidArgument(f"factor_kernel: found {kernel}; expected an odd number")
+    kernel = options.factor_kernel
     limit = options.widths[0] * kernel**2 * channels
     if options.rank > limit:
         raise InvalidArgument(

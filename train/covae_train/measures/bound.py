@@ -53,7 +53,7 @@ def measured(run: TrainedRun, data: ImageData, settings: Settings) -> tuple[Tens
 
 def compare(first: Tensor, second: Tensor) -> dict[str, Estimate]:
     """The difference of two runs' bounds of the same images."""
-    return {"log-likelihood bound": mean_of(first - second, 1)}
+    return {"log-likelihood bound, nats": mean_of(first - second, 1)}
 
 
 register(

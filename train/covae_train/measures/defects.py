@@ -18,6 +18,7 @@ from torch import Tensor
 
 from covae_core.densities import Whitening
 from covae_core.surprise import patch_sums
+from covae_train.calibration import untouched
 from covae_train.data import ImageData
 from covae_train.measures import Estimate, Settings, mean_of, needs_encoder, paired_measure, register
 from covae_train.run import TrainedRun
@@ -81,7 +82,7 @@ def scratch(image: Bytes, other: Bytes, random: np.random.Generator) -> Bytes:
 
 
 def shifted_eye(image: Bytes, other: Bytes, random: np.random.Generator) -> Bytes:
-    """The left eye of an aligned face, lower than it belongs."""
+    """The left eye of an aligned face, moved down; what was above it stays, so it is stretched, too."""
     height, width = image.shape[1:]
     top, bottom = (round(share * height) for share in EYE_ROWS)
     left, right = (round(share * width) for share in EYE_COLUMNS)
@@ -112,7 +113,7 @@ def areas(maps: NDArray[np.float64], defective: NDArray[np.bool_]) -> NDArray[np
 
 def measured(run: TrainedRun, data: ImageData, settings: Settings) -> tuple[dict[str, Tensor], Mapping[str, Estimate]]:
     """The areas of each image by defect, whitened, (N,), and the figures: whitened, alone, and the difference."""
-    images = data.held_out[: settings.images].numpy()
+    images = untouched(data, run.config.limit)[: settings.images].numpy()
     each: dict[str, Tensor] = {}
     figures: dict[str, Estimate] = {}
     for name, defect in defects_of(run.config.data).items():

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from covae_core.surprise import spots
+from covae_train.calibration import untouched
 from covae_train.data import ImageData, has_odd_images, odd_images_of
 from covae_train.measures import Estimate, Settings, needs_encoder, paired_measure, register
 from covae_train.measures.defects import residual_maps
@@ -49,8 +50,13 @@ def gap(first: Spots, second: Spots) -> Estimate:
 
 
 def measured(run: TrainedRun, data: ImageData, settings: Settings) -> tuple[Spots, Mapping[str, Estimate]]:
-    """The spots of usual and odd images, whitened, and the areas: whitened, each pixel alone, and the difference."""
-    sets = odd_images_of(run.config.data, run.config.image_shape)
+    """The spots of usual and odd images, whitened, and the areas: whitened, each pixel alone, and the difference.
+
+    Of all images, but those usual ones that the run was calibrated on.
+    """
+    usual, odd = odd_images_of(run.config.data, run.config.image_shape)
+    left = len(untouched(data, run.config.limit))
+    sets = ((usual[0][-left:], usual[1][-left:]), odd)
     found: dict[str, list[NDArray[np.float64]]] = {}
     for images, masks in sets:
         for kind, maps in residual_maps(run, images).items():
