@@ -95,7 +95,7 @@ def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], 
 <title>Covae on {escape(data)}</title><style>{STYLE}</style></head><body>
 <h1>Covae on {escape(data)}</h1>
 <p>{escape(_families(tours))} trained on {len(images.train):,} images, exported to ONNX and served by NVIDIA Triton.
-All but the training images, lag-1 and RMSE came through the gRPC client, on {machine},
+Samples, edits, maps, scores and latencies came through the gRPC client, on {machine},
 {date.today().isoformat()}.</p>
 {"".join(sections)}
 </body></html>
@@ -277,8 +277,8 @@ def _found(tours: Sequence[Tour]) -> str:
     return _section(
         "Infected or not?",
         f"Trained on healthy cells alone. Of healthy and of infected ones that no step has seen, the {SHOWN_SPOTS} "
-        "with the largest spot of surprise within the cell. How well the spot tells them apart, `covae evaluate RUN "
-        "--measure spots` says.",
+        "with the largest spot of surprise within the cell. How well the spot tells them apart, covae evaluate with "
+        "--measure spots says.",
         "".join(rows),
     )
 
