@@ -39,8 +39,8 @@ DEFAULT_PIXEL_VARIANCE = 0.005
 FACTOR_KERNEL = 3
 # Bytes of what k×k convolutions see of images, at once.
 NEIGHBOUR_BYTES = 2**26
-# A factor is fitted to so many training images at most, in so many steps, with these learning rates.
-FACTOR_IMAGES, FACTOR_STEPS = 3000, 800
+# A factor is fitted to so many training images at most, in so many steps and passes at most, with these learning rates.
+FACTOR_IMAGES, FACTOR_STEPS, FACTOR_PASSES = 3000, 800, 32
 FACTOR_RATE, VARIANCE_RATE = 0.02, 0.05
 # Up to this side the factor begins at the residuals and the mean is held; above, as the paper has it.
 SMALL_SIDE = 32
@@ -170,7 +170,8 @@ def fit_factor(model: Vae, training: TrainingImages) -> None:
         return LowRankNormal(means[rows], head.columns(chosen), head.variances(chosen), check=False)
 
     rates = {FACTOR_RATE: list(head.factor.parameters()), VARIANCE_RATE: list(head.variance.parameters())}
-    fit(rates, density, images, torch.Generator().manual_seed(0), FACTOR_STEPS)
+    steps = min(FACTOR_STEPS, max(1, FACTOR_PASSES * len(images) // BATCH))
+    fit(rates, density, images, torch.Generator().manual_seed(0), steps)
     some = torch.split(torch.arange(min(len(images), START_IMAGES)), BATCH)
     mix_columns(head.factor, factor_covariance((density(rows), images[rows]) for rows in some))
 
