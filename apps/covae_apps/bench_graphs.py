@@ -100,23 +100,13 @@ def run_draw(repeats: int, draws: int, batches: Sequence[int], threads: int) -> 
         seconds = _interleaved(calls, repeats)
         ratio = float(np.median(seconds["draw"] / seconds["sample"]))
         rows.append((batch, 1e3 * median(seconds["sample"]), 1e3 * median(seconds["draw"]), ratio))
-    table = Table("batch", "sample, ms", f"{draws} draws, ms", "ratio", "bound", "holds", title=f"n = {repeats}")
-    for batch, sample, draw, ratio in rows:
-        table.add_row(
-            str(batch),
-            f"{sample:.1f}",
-            f"{draw:.1f}",
-            f"{ratio:.2f}",
-            f"≤ {DRAW_BOUND}",
-            _said(ratio <= DRAW_BOUND),
-        )
-    Console().print(table)
+    _print(f"n = {repeats}", ("batch", "sample, ms", f"{draws} draws, ms"), rows, [DRAW_BOUND] * len(rows))
     return rows
 
 
 def run_score(repeats: int, threads: int) -> list[tuple[int, float, float, float]]:
     """Print, and return for each number of weights, the medians of `score` and of one encode and as many decodes in ms,
-    and of the ratio of neighbours: the score's time over theirs, and for many weights their time over the score's.
+    and of the ratio of neighbours, the score's time over theirs.
     """
     rows = []
     for weights, per_call in ((WEIGHTS, WEIGHTS), (MANY_WEIGHTS, default_score_samples(GREY))):
@@ -130,19 +120,17 @@ def run_score(repeats: int, threads: int) -> list[tuple[int, float, float, float
         ratio = float(np.median(seconds["score"] / seconds["network"]))
         rows.append((weights, 1e3 * median(seconds["score"]), 1e3 * median(seconds["network"]), ratio))
     title = f"the paper's widths, grey 64×64; n = {repeats}, and {max(3, repeats * WEIGHTS // MANY_WEIGHTS)}"
-    table = Table("weights", "score, ms", "one encode, as many decodes, ms", "ratio", "bound", "holds", title=title)
-    for (weights, score_ms, network_ms, ratio), bound in zip(rows, (SCORE_BOUND, 1 / THROUGHPUT_BOUND), strict=True):
-        table.add_row(
-            str(weights),
-            f"{score_ms:,.0f}",
-            f"{network_ms:,.0f}",
-            f"{ratio:.2f}",
-            f"≤ {bound:.2f}",
-            _said(ratio <= bound),
-        )
-    Console().print(table)
+    heads = ("weights", "score, ms", "one encode, as many decodes, ms")
+    _print(title, heads, rows, [SCORE_BOUND, 1 / THROUGHPUT_BOUND])
     return rows
 
 
-def _said(holds: bool) -> str:
-    return "[green]yes[/]" if holds else "[red]no[/]"
+def _print(
+    title: str, heads: Sequence[str], rows: Sequence[tuple[int, float, float, float]], bounds: Sequence[float]
+) -> None:
+    """Counts, two times and their ratios as a table, each ratio beside what it may be."""
+    table = Table(*heads, "ratio", "bound", "holds", title=title)
+    for (count, first, second, ratio), bound in zip(rows, bounds, strict=True):
+        holds = "[green]yes[/]" if ratio <= bound else "[red]no[/]"
+        table.add_row(str(count), f"{first:,.1f}", f"{second:,.1f}", f"{ratio:.2f}", f"≤ {bound:.2f}", holds)
+    Console().print(table)

@@ -164,7 +164,7 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
     figures: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
     paired: dict[str, list[Estimate]] = {}
     for seed in range(plan.seeds):
-        each: dict[str, dict[str, Any]] = {}
+        each: dict[PairedMeasure, dict[str, Any]] = {}
         settings = Settings(images=plan.images, seed=seed)
         for arm in arms:
             console.rule(f"{arm.name}, seed {seed}")
@@ -178,17 +178,16 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
                     console.print(f"{name}: left out, {lacks} is missing")
                     continue
                 if isinstance(item, PairedMeasure):
-                    each.setdefault(name, {})[arm.name], values = item.measured(run, data, settings)
+                    each.setdefault(item, {})[arm.name], values = item.measured(run, data, settings)
                 else:
                     values = item.compute(run, data, settings)
                 found |= {key: value.value for key, value in values.items()}
             figures[arm.name].append(found)
             console.print(json.dumps(found, ensure_ascii=False), soft_wrap=True)
-        for name, values in each.items():
-            item = find_measure(name)
+        for paired_by, measured in each.items():
             for first, second in report.pairs:
-                if first in values and second in values and isinstance(item, PairedMeasure):
-                    for figure, gap in item.compare(values[first], values[second]).items():
+                if first in measured and second in measured:
+                    for figure, gap in paired_by.compare(measured[first], measured[second]).items():
                         paired.setdefault(f"{figure}, {first} − {second}", []).append(gap)
                         console.print(f"{figure}, {first} − {second}: {gap}")
     rows = [{"name": arm.name, "paper": dict(arm.paper), "figures": figures[arm.name]} for arm in arms]

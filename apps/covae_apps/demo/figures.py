@@ -58,16 +58,15 @@ def first_screen(training: Images, tours: Sequence[Tour]) -> bytes:
     panels += [(f"samples, {tour.family}", contact_sheet(tour.samples[:18], 6)) for tour in tours]
     noises = []
     for tour in tours:
-        shown = np.concatenate([tour.means[:, None], tour.draws], axis=1)[:3]
+        shown = tour.subjects[:3]
         sheet = contact_sheet(shown.reshape(-1, *shown.shape[2:]), shown.shape[1])
         noises.append((f"{tour.family}: a mean, then the same latent with other noise", sheet))
     edit, done, odd = tours[0].edit, tours[0].completion, tours[0].odd
-    given = np.where(done.mask[..., None], done.image, 128).astype(np.uint8)
     steps = [
         ("an image", edit.before),
         ("4 pixels set", outlined(edit.pixels, edit.mask, OUTLINE_SCALE)),
         ("the rest follows", edit.mean),
-        ("half given", given),
+        ("half given", done.given),
         ("it goes on so", done.completions[0]),
         ("or so", done.completions[1]),
         ("a scratch", odd.images[1]),

@@ -140,7 +140,7 @@ def _training(images: ImageData) -> Images:
 def _one_latent(tours: Sequence[Tour]) -> str:
     parts = []
     for tour in tours:
-        shown = np.concatenate([tour.means[:, None], tour.draws], axis=1)
+        shown = tour.subjects
         caption = f"{tour.name}: of each of {len(shown)} latents the mean, then {tour.draws.shape[1]} samples"
         parts.append(_tiles(shown.reshape(-1, *shown.shape[2:]), shown.shape[1], caption, 62))
     return _section(
@@ -155,12 +155,11 @@ def _completion(tours: Sequence[Tour]) -> str:
     rows = []
     for tour in tours:
         done = tour.completion
-        given = np.where(done.mask[..., None], done.image, 128).astype(np.uint8)
         rows.append(
             _row(
                 [
                     _tiles(done.image[None], 1, "a held-out image", 120),
-                    _tiles(given[None], 1, "what is given of it", 120),
+                    _tiles(done.given[None], 1, "what is given of it", 120),
                     _tiles(done.completions, len(done.completions), f"completions by {tour.name}", 120),
                 ]
             )
@@ -265,7 +264,7 @@ def _map(odd: Odd, place: int, name: str) -> str:
 
 
 def _found(tours: Sequence[Tour]) -> str:
-    """Of data that has odd images: which of them have the largest spots, and how many are found by them."""
+    """Of data that has odd images: which of them have the largest spots."""
     rows = []
     for tour in tours:
         for name, odd in tour.found.items():
@@ -285,7 +284,9 @@ def _found(tours: Sequence[Tour]) -> str:
 
 def _odd(tours: Sequence[Tour]) -> str:
     parts = [
-        _map(tour.odd, place, f"{tour.name}, {name}") for tour in tours for place, name in enumerate(tour.odd.names)
+        _map(tour.odd, place, f"{tour.name}, {name}")
+        for tour in tours
+        for place, name in enumerate(("as it is", "with a scratch"))
     ]
     return _section(
         "Where is an image odd?",

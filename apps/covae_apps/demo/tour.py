@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,11 @@ class Completion:
     mask: NDArray[np.bool_]
     completions: Images
 
+    @property
+    def given(self) -> Images:
+        """The image, grey where it is not given."""
+        return np.where(self.mask[..., None], self.image, np.uint8(128))
+
 
 @dataclass(frozen=True)
 class Odd:
@@ -57,7 +62,6 @@ class Odd:
     uint8 (N, H, W, C); (N, C, H, W); (N,); (N,)
     """
 
-    names: Sequence[str]
     images: Images
     surprise: NDArray[np.float32]
     p_values: NDArray[np.float64]
@@ -84,6 +88,11 @@ class Tour:
     odd: Odd
     found: dict[str, Odd]
     latencies_s: dict[str, NDArray[np.float64]]
+
+    @property
+    def subjects(self) -> Images:
+        """A row for each latent: its mean, and then its draws; (SUBJECTS, 1 + DRAWS, H, W, C)."""
+        return np.concatenate([self.means[:, None], self.draws], axis=1)
 
 
 def take_tour(model: Model, held_out: Images, masked: Mapping[str, Masked], say: Callable[[str], None]) -> Tour:
@@ -197,11 +206,11 @@ def _complete(model: Model, image: Images) -> Completion:
     return Completion(image, mask, np.stack(found))
 
 
-def _look_at(model: Model, images: Images, masks: NDArray[np.bool_]) -> Odd:
-    """Images within their masks."""
+def _look_at(model: Model, images: Images, masks: NDArray[np.bool_] | None = None) -> Odd:
+    """Images, within their masks if there are any."""
     found = model.surprise(images, mask=masks)
     p_values = model.score(images, num_samples=1).p_value
-    return Odd([""] * len(images), images, found.maps, p_values, found.spot)
+    return Odd(images, found.maps, p_values, found.spot)
 
 
 def _score(model: Model, held_out: Images) -> dict[str, Scores]:
@@ -214,15 +223,12 @@ def _score(model: Model, held_out: Images) -> dict[str, Scores]:
 
 
 def _scratch(model: Model, image: Images) -> Odd:
-    """A diagonal of three quarters of the image turned over, from white to black or back."""
+    """An image as it is, and with three quarters of a diagonal turned over, from white to black or back."""
     scratched = image.copy()
     side = min(image.shape[:2])
     places = np.arange(side // 8, side - side // 8)
     scratched[places, places] = 255 - scratched[places, places]
-    images = np.stack([image, scratched])
-    found = model.surprise(images)
-    p_values = model.score(images, num_samples=SCORE_SAMPLES).p_value
-    return Odd(("as it is", "with a scratch"), images, found.maps, p_values, found.spot)
+    return _look_at(model, np.stack([image, scratched]))
 
 
 def _time(model: Model, latent: NDArray[np.float32], image: Images, edit: Edit) -> dict[str, NDArray[np.float64]]:

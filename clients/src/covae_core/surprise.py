@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from covae_core.backends import Array, backend_of
-from covae_core.densities import Whitening
+from covae_core.densities import Density, Whitening
 from covae_core.modelling import Model
 
 
@@ -26,12 +27,17 @@ class Surprise(NamedTuple):
     latent: Array
 
 
+def density_at_means(model: Model, images: Array) -> tuple[Mapping[str, Any], Density]:
+    """The posteriors of images (B, C, H, W) in [0, 1], and the density to score with at their means, in float64."""
+    posteriors = model.posteriors(images) if model.latents else {}
+    latents = {name: item.mean for name, item in posteriors.items()}
+    return posteriors, model.scoring_density(latents, images.shape[0]).to(backend_of(images).xp.float64)
+
+
 def surprise(model: Model, images: Array) -> Surprise:
     """Images against the density of their own posteriors' means. images: (B, C, H, W) in [0, 1]"""
     xp = backend_of(images).xp
-    posteriors = model.posteriors(images) if model.latents else {}
-    latents = {name: item.mean for name, item in posteriors.items()}
-    density = model.scoring_density(latents, images.shape[0]).to(xp.float64)
+    posteriors, density = density_at_means(model, images)
     assert isinstance(density, Whitening)
     pixels = xp.astype(images, xp.float64)
     residual = density.distance(pixels)

@@ -12,6 +12,9 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
 from torch import Tensor
 
 from covae_core.errors import InvalidArgument
@@ -123,6 +126,19 @@ def mean_of(values: Tensor, digits: int = 3) -> Estimate:
     values = values.double()
     error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
     return Estimate(float(values.mean()), error, digits)
+
+
+def auroc(values: NDArray[np.floating[Any]], odd: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The area under the curve of odd values over the others, ½ for a tie, along the last axis; NaN if either has none.
+
+    values, odd: (…, N); returns (…)
+    """
+    inside = odd.sum(-1)
+    outside = odd.shape[-1] - inside
+    ranks = np.where(odd, rankdata(values, axis=-1), 0).sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: NDArray[np.float64] = (ranks - inside * (inside + 1) / 2) / (inside * outside)
+    return found
 
 
 def needs_encoder(run: TrainedRun) -> str | None:

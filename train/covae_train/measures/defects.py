@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor
 
 from covae_core.densities import Whitening
-from covae_core.surprise import patch_sums
+from covae_core.surprise import density_at_means, patch_sums
 from covae_train.calibration import untouched
 from covae_train.data import ImageData
-from covae_train.measures import Estimate, Settings, mean_of, needs_encoder, paired_measure, register
+from covae_train.measures import Estimate, Settings, auroc, mean_of, needs_encoder, paired_measure, register
 from covae_train.run import TrainedRun
 
 BATCH = 100
@@ -42,9 +41,7 @@ def residual_maps(run: TrainedRun, images: Tensor) -> Whitenings:
     found: dict[str, list[Tensor]] = {"whitened": [], "each pixel alone": []}
     for batch in torch.split(images, BATCH):
         pixels = batch.float() / 255
-        posteriors = run.model.posteriors(pixels) if run.model.latents else {}
-        latents = {name: posterior.mean for name, posterior in posteriors.items()}
-        density = run.model.scoring_density(latents, len(batch)).to(torch.float64)
+        _, density = density_at_means(run.model, pixels)
         assert isinstance(density, Whitening)
         found["whitened"].append(density.whiten(pixels.double()))
         found["each pixel alone"].append((pixels.double() - density.mean) / density.marginal_variance().sqrt())
@@ -101,14 +98,8 @@ def defects_of(data: str) -> dict[str, Defect]:
 def areas(maps: NDArray[np.float64], defective: NDArray[np.bool_]) -> NDArray[np.float64]:
     """The AUROC of each image's pixels; NaN where the defect changed none or all. maps: (N, C, H, W), defective:
     (N, H, W)"""
-    values = np.abs(patch_sums(maps)).sum(1).reshape(len(maps), -1)
-    truth = defective.reshape(len(maps), -1)
-    inside = truth.sum(1)
-    outside = truth.shape[1] - inside
-    ranks = np.where(truth, rankdata(values, axis=1), 0).sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found: NDArray[np.float64] = (ranks - inside * (inside + 1) / 2) / (inside * outside)
-    return found
+    values = np.abs(patch_sums(maps)).sum(1)
+    return auroc(values.reshape(len(maps), -1), defective.reshape(len(maps), -1))
 
 
 def measured(run: TrainedRun, data: ImageData, settings: Settings) -> tuple[dict[str, Tensor], Mapping[str, Estimate]]:

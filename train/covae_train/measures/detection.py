@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from covae_core.calibration import Calibration
 from covae_train.calibration import parts_of_images, untouched
 from covae_train.data import ImageData, has_odd_images, load_images, odd_images_of
-from covae_train.measures import Estimate, Measure, Settings, needs_encoder, register
+from covae_train.measures import Estimate, Measure, Settings, auroc, needs_encoder, register
 from covae_train.run import TrainedRun
 
 RATES = (0.01, 0.05, 0.1)
@@ -85,8 +84,8 @@ def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str
     areas = []
     for name, odd in odd_sets(usual, run.config.data, settings.seed):
         found, odd_p = statistics(run, run.calibration, odd)
-        truth = np.r_[np.zeros(len(reference)), np.ones(len(found))]
-        area = float(roc_auc_score(truth, np.r_[reference.numpy(), found.numpy()]))
+        truth = np.r_[np.zeros(len(reference), dtype=np.bool_), np.ones(len(found), dtype=np.bool_)]
+        area = float(auroc(np.r_[reference.numpy(), found.numpy()], truth))
         if name != OWN_ODD:
             areas.append(area)
         figures[f"AUROC, {name}"] = Estimate(area)

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from covae_core.surprise import spots
 from covae_train.calibration import untouched
 from covae_train.data import ImageData, has_odd_images, odd_images_of
-from covae_train.measures import Estimate, Settings, needs_encoder, paired_measure, register
+from covae_train.measures import Estimate, Settings, auroc, needs_encoder, paired_measure, register
 from covae_train.measures.defects import residual_maps
 from covae_train.run import TrainedRun
 
@@ -31,10 +30,8 @@ def needs(run: TrainedRun) -> str | None:
 
 def area(usual: NDArray[np.float64], odd: NDArray[np.float64]) -> NDArray[np.float64]:
     """The AUROC of odd over usual values, ½ for a tie, along the last axis."""
-    count, others = odd.shape[-1], usual.shape[-1]
-    ranks = rankdata(np.concatenate([usual, odd], axis=-1), axis=-1)[..., others:].sum(-1)
-    found: NDArray[np.float64] = (ranks - count * (count + 1) / 2) / (count * others)
-    return found
+    values = np.concatenate([usual, odd], axis=-1)
+    return auroc(values, np.broadcast_to(np.arange(values.shape[-1]) >= usual.shape[-1], values.shape))
 
 
 def _resampled(values: Spots) -> NDArray[np.float64]:
