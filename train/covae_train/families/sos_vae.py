@@ -40,7 +40,7 @@ FACTOR_KERNEL = 3
 # Bytes of what k×k convolutions see of images, at once.
 NEIGHBOUR_BYTES = 2**26
 # A factor is fitted to so many training images at most, in so many steps and passes at most, with these learning rates.
-FACTOR_IMAGES, FACTOR_STEPS, FACTOR_PASSES = 3000, 800, 32
+FACTOR_IMAGES, FACTOR_STEPS, FACTOR_PASSES = 3000, 800, 40
 FACTOR_RATE, VARIANCE_RATE = 0.02, 0.05
 # Up to this side the factor begins at the residuals and the mean is held; above, as the paper has it.
 SMALL_SIDE = 32
