@@ -6,12 +6,21 @@ see that float32 was too coarse.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 
 from covae_core.backends import Factorisation
 from covae_core.errors import Unsupported
 from covae_train.torch_backend import TorchBackend
+
+if TYPE_CHECKING:
+    from covae_core.densities.neighbourhood import Wavefronts
 
 
 class TracedBackend(TorchBackend):
@@ -30,6 +39,44 @@ class TracedBackend(TorchBackend):
     def _by_rows(self, factor: Tensor, scale: Tensor) -> bool:
         return False
 
+    def substitute(self, coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
+        """One Scan over the fronts, whose state are those that the next one needs, the nearest first."""
+        front_count, slots = fronts.place.shape
+        count, batch, _ = rows.shape
+        order = torch.from_numpy(fronts.place[::-1].reshape(-1).copy())
+        back = torch.from_numpy((front_count - 1 - fronts.slot // slots) * slots + fronts.slot % slots)
+        indices = torch.from_numpy(fronts.neighbours[np.arange(front_count)[::-1] % len(fronts.neighbours)])
+        near = indices.reshape(front_count, -1)
+        neighbours = coefficients.shape[1]
+        filters = _by_front(coefficients, order, front_count)  # shape: (F, B, K, J)
+        values = _by_front(rows, order, front_count)  # shape: (F, N, B, J)
+        kept = (fronts.depth - 1) * fronts.width
+
+        def step(state: Tensor, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            weights, value, places = inputs
+            found = state.index_select(-1, places).reshape(count, -1, neighbours, slots)
+            solved = value - (weights * found).sum(2)
+            border = torch.zeros_like(solved[..., : fronts.margin])
+            return torch.cat([border, solved, border, state[..., :kept]], -1), solved.clone()
+
+        state = rows.new_zeros(count, 1, fronts.depth * fronts.width).expand(-1, batch, -1).clone()
+        solved: Tensor = scan(step, state, (filters, values, near))[1]
+        return solved.permute(1, 2, 0, 3).reshape(count, batch, -1).index_select(-1, back)
+
+    def implicit(self, value: Tensor, residual: Any, adjoint: Any) -> Tensor:
+        return value
+
+    def iterate(self, step: Callable[..., Any], state: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
+        def going(count: Tensor, busy: Tensor, *rest: Tensor) -> Tensor:
+            return (count < limit) & busy.any()
+
+        def once(count: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            return count + 1, *step(*state)
+
+        first = torch.zeros((), dtype=torch.int64)
+        found: tuple[Tensor, ...] = while_loop(going, once, (first, *state))  # type: ignore[no-untyped-call]
+        return found[1:]
+
     def observed(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, int]:
         return None, mask.to(dtype), mask.shape[-1]
 
@@ -42,6 +89,12 @@ class TracedBackend(TorchBackend):
 
     def factorise(self, matrices: Tensor, limit: float) -> Factorisation | None:
         return Elimination(matrices)
+
+
+def _by_front(rows: Tensor, order: Tensor, front_count: int) -> Tensor:
+    """Pixels in the order of the fronts, a zero where a slot has none. shape: (X, Y, n) → (F, X, Y, J)"""
+    ordered = torch.nn.functional.pad(rows, (0, 1)).index_select(-1, order)
+    return ordered.reshape(*rows.shape[:-1], front_count, -1).permute(2, 0, 1, 3)
 
 
 class Elimination:

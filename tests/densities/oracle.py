@@ -116,3 +116,28 @@ class Woodbury:
         residual = np.where(mask, pixels, 0).astype(np.float64).ravel() - np.where(mask.ravel(), self.mean, 0)
         noise = np.linalg.solve(self._capacitance(precision), self.rows @ (precision * residual))
         return np.where(mask, pixels, (self.mean + noise @ self.rows).reshape(self.shape))
+
+
+def dense_precision(filters, variance, side) -> np.ndarray:
+    """Λ = L Lᵀ written out, pixel by pixel, (…, S, S): column k of L is filter k beside a 1, over √d_k.
+
+    filters: (…, G, K, C, H, W); variance: (…, C, H, W).
+    """
+    *batch, dilations, _, channels, height, width = filters.shape
+    h, size = side // 2, channels * height * width
+    rows = filters.reshape(-1, *filters.shape[len(batch) :])
+    found = []
+    for row, scales in zip(rows, variance.reshape(-1, size), strict=True):
+        lower = np.zeros((size, size))
+        for c, r, w in np.ndindex(channels, height, width):
+            k = (c * height + r) * width + w
+            lower[k, k] += 1
+            for g in range(dilations):
+                places = [(r, w + i * 2**g) for i in range(1, h + 1)]
+                places += [(r + j * 2**g, w + i * 2**g) for j in range(1, h + 1) for i in range(-h, h + 1)]
+                for number, (below, right) in enumerate(places):
+                    if below < height and 0 <= right < width:
+                        lower[(c * height + below) * width + right, k] += row[g, number, c, r, w]
+            lower[:, k] /= np.sqrt(scales[k])
+        found.append(lower @ lower.T)
+    return np.stack(found).reshape(*batch, size, size)

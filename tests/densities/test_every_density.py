@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from covae_core.densities import DENSITIES, Conditionable, HasComponents, HasEntropy, LowRankNormal, Whitening
 from covae_core.errors import InvalidArgument, NotFinite, Unsupported
 
-from .oracle import LOG_2PI, Home, Woodbury, problem
+from .oracle import LOG_2PI, Home, Woodbury, dense_precision, problem
 
 IMAGE = (3, 4, 5)
 SIZE = 60
@@ -34,8 +34,29 @@ def diagonal_case(batch):
     )
 
 
+def sparse_case(batch, side=3, dilations=1):
+    """Filters beyond the border are given, and must be ignored."""
+    mean, _, variance = problem(batch, image_shape=IMAGE, full_variance=True)
+    random = np.random.default_rng(5)
+    filters = 0.3 * random.standard_normal((*batch, dilations, (side**2 - 1) // 2, *IMAGE))
+    precision = dense_precision(filters, variance, side)
+    return {"mean": mean, "filters": filters, "variance": variance}, np.linalg.inv(precision)
+
+
+def hybrid_case(batch):
+    sparse, covariance = sparse_case(batch)
+    low_rank, _ = low_rank_case(batch)
+    rows = low_rank["factor"].reshape(*batch, 4, SIZE)
+    return {**sparse, "factor": low_rank["factor"]}, np.swapaxes(rows, -1, -2) @ rows + covariance
+
+
 # How to make one of each kind: its parameters, and its covariance written out.
-CASES = {"low-rank-normal": low_rank_case, "diagonal-normal": diagonal_case}
+CASES = {
+    "low-rank-normal": low_rank_case,
+    "diagonal-normal": diagonal_case,
+    "sparse-precision-normal": sparse_case,
+    "hybrid-normal": hybrid_case,
+}
 
 
 @pytest.fixture(params=["numpy", "torch"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from math import ceil, pi
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch as xp
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from covae_core.backends import Factorisation, cached, register_backend
 from covae_core.noise import MODULI, Stream, jump_multipliers, stream_states
-from covae_core.numpy_backend import GATHERED_SHARE, whitening
+from covae_core.numpy_backend import GATHERED_SHARE, substitute, whitening
+
+if TYPE_CHECKING:
+    from covae_core.densities.neighbourhood import Wavefronts
 
 # Columns of P that are multiplied at once: partial sums of that many products are added up in float64.
 BLOCK_COLUMNS = 2048
@@ -89,6 +93,29 @@ class TorchBackend:
         sound = (info == 0) & largest.isfinite() & (largest <= limit * pivots.amin(dim=1))
         return TorchFactorisation(self, cholesky) if bool(sound.all()) else None
 
+    @torch.no_grad()
+    def substitute(self, coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
+        if rows.device.type == "cpu":
+            return torch.from_numpy(substitute(coefficients.numpy(force=True), rows.numpy(force=True), fronts))
+        return _substitute(coefficients, rows, fronts)
+
+    def implicit(
+        self, value: Tensor, residual: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        rest = residual(value)
+        if not rest.requires_grad:
+            return value
+        found: Tensor = _Implicit.apply(value, rest, adjoint)  # type: ignore[no-untyped-call]
+        return found
+
+    @torch.no_grad()
+    def iterate(self, step: Callable[..., Any], state: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
+        for _ in range(limit):
+            if not bool(state[0].any()):
+                break
+            state = step(*state)
+        return state
+
     def observed(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, int]:
         on = mask.to(dtype)
         most = int(on.sum(dim=-1).max())
@@ -116,6 +143,20 @@ class TorchBackend:
         return torch.addcmul(fixed, images + shift, keep)
 
 
+class _Implicit(torch.autograd.Function):
+    """The identity of a solution, whose gradient goes through the adjoint system to the residual."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, residual: Tensor, adjoint: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.adjoint = adjoint
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        with torch.no_grad():
+            return None, ctx.adjoint(gradients[0].contiguous()), None
+
+
 class TorchFactorisation:
     """Cholesky factors L (B or 1, R, R)."""
 
@@ -138,6 +179,26 @@ class TorchFactorisation:
             columns = vectors.reshape(-1, vectors.shape[-1]).mT
             return torch.cholesky_solve(columns, self._cholesky[0]).mT.reshape(vectors.shape)
         return torch.cholesky_solve(vectors.permute(1, 2, 0), self._cholesky).permute(2, 0, 1)
+
+
+def _substitute(coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
+    """As `covae_core.numpy_backend.substitute`, on any device."""
+    place, slot, neighbours = (
+        torch.from_numpy(table).to(rows.device) for table in (fronts.place, fronts.slot, fronts.neighbours)
+    )
+    front_count, slots = fronts.place.shape
+    count, batch, _ = rows.shape
+    filters = torch.nn.functional.pad(coefficients.permute(2, 1, 0), (0, 0, 0, 0, 0, 1))[place]
+    values = torch.nn.functional.pad(rows.permute(2, 0, 1), (0, 0, 0, 0, 0, 1))[place]
+    solved = rows.new_zeros(front_count + fronts.depth, fronts.width, count, batch)
+    flat, indices = solved.flatten(0, 1), neighbours.transpose(1, 2)
+    for front in range(front_count - 1, -1, -1):
+        first = (front + 1) * fronts.width
+        near = flat[first : first + fronts.depth * fronts.width][indices[front % len(indices)]]
+        total = (near * filters[front][:, :, None]).sum(1)
+        solved[front, fronts.margin : fronts.margin + slots] = values[front] - total
+    found = solved[:front_count, fronts.margin : fronts.margin + slots].flatten(0, 1)[slot]
+    return found.permute(1, 2, 0).contiguous()
 
 
 def uniform(seeds: Tensor, count: int, stream: Stream, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,12 +7,15 @@ export puts a tracing one in its place while it writes a graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from covae_core.errors import InvalidArgument
 from covae_core.noise import Stream
+
+if TYPE_CHECKING:
+    from covae_core.densities.neighbourhood import Wavefronts
 
 Array: TypeAlias = Any
 
@@ -89,6 +92,22 @@ class Backend(Protocol):
 
     def factorise(self, matrices: Array, limit: float) -> Factorisation | None:
         """None if a matrix has no Cholesky factor, or its largest entry is over `limit` times its smallest pivot."""
+
+    def substitute(self, coefficients: Array, rows: Array, fronts: Wavefronts) -> Array:
+        """y with y_k + Σ_j a_kj y_mj = v_k, front by front; no gradients.
+
+        coefficients: a, (B or 1, K, n) at neighbours in the order of `fronts`; rows: v, (N, B, n); returns that shape
+        """
+
+    def implicit(self, value: Array, residual: Callable[[Array], Array], adjoint: Callable[[Array], Array]) -> Array:
+        """The value of a linear solve, with the gradients of its solution: residual(value) is 0, and carries those of
+        what the solve depends on; adjoint solves the transposed system."""
+
+    def iterate(
+        self, step: Callable[..., tuple[Array, ...]], state: tuple[Array, ...], limit: int
+    ) -> tuple[Array, ...]:
+        """The state after `limit` steps state → step(*state), or once no row is at work: its first entry, bool, says
+        which are. A row that is not must not change any more. No gradients."""
 
     def observed(self, mask: Array, dtype: Any) -> tuple[Array | None, Array, int]:
         """The columns that masks (M, S) touch, (M, n), or None for all; the mask there in numbers; how many at most.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat.numpy as xp
 import numpy as np
@@ -13,6 +14,9 @@ from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dpotrs
 
 from covae_core.noise import Stream, standard_normal
+
+if TYPE_CHECKING:
+    from covae_core.densities.neighbourhood import Wavefronts
 
 Floats = NDArray[np.floating[Any]]
 
@@ -82,6 +86,19 @@ class NumpyBackend:
         pivots = np.diagonal(cholesky, axis1=1, axis2=2) ** 2
         sound = matrices.max(axis=(1, 2)) <= limit * pivots.min(axis=1)
         return NumpyFactorisation(cholesky) if sound.all() else None
+
+    def substitute(self, coefficients: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
+        return substitute(coefficients, rows, fronts)
+
+    def implicit(self, value: Floats, residual: Any, adjoint: Any) -> Floats:
+        return value
+
+    def iterate(self, step: Callable[..., Any], state: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
+        for _ in range(limit):
+            if not state[0].any():
+                break
+            state = step(*state)
+        return state
 
     def observed(self, mask: NDArray[np.bool_], dtype: Any) -> tuple[NDArray[np.int64] | None, Floats, int]:
         counts = np.array([np.count_nonzero(row) for row in mask])  # faster than along an axis
@@ -167,6 +184,34 @@ def whitening(xp: Any, products: Any) -> Any:
     squares, vectors = xp.linalg.eigh(products)
     root = xp.sqrt(1 + squares * (squares > 0))
     return (vectors / (root * (1 + root))[..., None, :]) @ xp.matrix_transpose(vectors)
+
+
+def substitute(coefficients: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
+    """As Backend.substitute. A front's slots lie together, each with its rows side by side, as do its filters."""
+    shared, neighbours, pixels = coefficients.shape
+    count, batch, _ = rows.shape
+    front_count, slots = fronts.place.shape
+    start, behind = fronts.margin, fronts.depth * fronts.width
+    # The pixel behind the last is none, and 0.
+    filters = np.zeros((pixels + 1, neighbours, shared), rows.dtype)
+    filters[:-1] = coefficients.transpose(2, 1, 0)
+    values = np.zeros((pixels + 1, count, batch), rows.dtype)
+    values[:-1] = rows.transpose(2, 0, 1)
+    filters, values = filters[fronts.place], values[fronts.place]
+    solved = np.zeros((front_count + fronts.depth, fronts.width, count, batch), rows.dtype)
+    flat = solved.reshape(-1, count, batch)
+    indices = fronts.neighbours.transpose(0, 2, 1)
+    near = np.empty((slots, neighbours, count, batch), rows.dtype)
+    for front in range(front_count - 1, -1, -1):
+        first = (front + 1) * fronts.width
+        np.take(flat[first : first + behind], indices[front % len(indices)], axis=0, out=near, mode="clip")
+        if shared == batch:
+            total = np.einsum("jknb,jkb->jnb", near, filters[front])
+        else:
+            total = np.einsum("jknb,jk->jnb", near, filters[front][..., 0])
+        np.subtract(values[front], total, out=solved[front, start : start + slots])
+    found = solved[:front_count, start : start + slots].reshape(-1, count, batch)[fronts.slot]
+    return np.ascontiguousarray(found.transpose(1, 2, 0))
 
 
 def _gram(factor: Floats, weights: Floats | None) -> NDArray[np.float64]:

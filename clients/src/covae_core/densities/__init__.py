@@ -5,11 +5,18 @@ from collections.abc import Mapping
 from covae_core.densities.base import Density, Drawable
 from covae_core.densities.capabilities import Conditionable, HasComponents, HasEntropy, Whitening
 from covae_core.densities.diagonal_normal import ConditionalDiagonalNormal, DiagonalNormal
+from covae_core.densities.hybrid_normal import HybridNormal
 from covae_core.densities.low_rank_normal import ConditionalLowRankNormal, LowRankNormal
+from covae_core.densities.precision_conditional import PrecisionConditional
 from covae_core.densities.slerp import slerp
+from covae_core.densities.sparse_precision_normal import SparsePrecisionNormal
 
 # Every density by the name that a model's config gives it (contract.ModelSpec.density).
-DENSITIES: Mapping[str, type[Density]] = {density.kind: density for density in (LowRankNormal, DiagonalNormal)}
+DENSITIES: Mapping[str, type[Density]] = {
+    density.kind: density for density in (LowRankNormal, DiagonalNormal, SparsePrecisionNormal, HybridNormal)
+}
+    density.kind: density for density in (LowRankNormal, DiagonalNormal, SparsePrecisionNormal, HybridNormal)
+}
 
 __all__ = [
     "DENSITIES",
@@ -21,7 +28,10 @@ __all__ = [
     "Drawable",
     "HasComponents",
     "HasEntropy",
+    "HybridNormal",
     "LowRankNormal",
+    "PrecisionConditional",
+    "SparsePrecisionNormal",
     "Whitening",
     "slerp",
 ]

@@ -10,7 +10,6 @@ import numpy as np
 
 from covae_core.backends import Array, backend_of, cached
 from covae_core.densities.base import (
-    Density,
     logdet_of_diagonal,
     overflows,
     read_variance,
@@ -20,17 +19,16 @@ from covae_core.densities.base import (
 )
 from covae_core.densities.diagonal_normal import one_hot
 from covae_core.densities.factor_posterior import FactorPosterior, times, times_transposed
+from covae_core.densities.factored import Factored
 from covae_core.densities.layout import (
     Layout,
     common_batch,
     flat_pixel,
     image_shape_of,
     rank_of,
-    require_count,
     variance_lead,
 )
 from covae_core.densities.observation import Conditional, Observation
-from covae_core.densities.slerp import slerp
 from covae_core.errors import NotFinite
 from covae_core.noise import Stream
 
@@ -38,7 +36,7 @@ from covae_core.noise import Stream
 PRECISE_COLUMNS = 512
 
 
-class LowRankNormal(Density):
+class LowRankNormal(Factored):
     """Normal over images whose covariance is low-rank plus diagonal: N(μ, P Pᵀ + D) (SOS-VAE eq. 3).
 
     mean: μ (C, H, W) or (B, C, H, W); factor: P (R, C, H, W), shared by the batch, or (B, R, C, H, W); variance: the
@@ -80,11 +78,6 @@ class LowRankNormal(Density):
         factor_rows = shared_rows(backend, self._factor, (self.rank, *image_shape), self._layout)
         self._factor_rows = factor_rows.reshape(-1, self.rank, pixels)
         self._variance_rows = variance_rows(backend, self._variance, self._layout)
-
-    @property
-    def factor(self) -> Array:
-        """P; shape (R, C, H, W) or (B, R, C, H, W), as given."""
-        return self._factor
 
     @property
     def variance(self) -> Array:
@@ -132,18 +125,6 @@ class LowRankNormal(Density):
         along = xp.astype(times_transposed(backend, white, factor), xp.float64)
         inside = times(backend, along, shrinkage)
         return self._images(white - times(backend, xp.astype(inside, white.dtype), factor), sample_shape)
-
-    def project(self, x: Any) -> Array:
-        """μ + P E[w|x]: what the factor makes of an image: PCA's reconstruction, shrunk by D. x: (…, C, H, W).
-
-        Raises:
-            InvalidArgument: the shape does not fit, or a value is not finite.
-        """
-        backend = self._backend
-        images, sample_shape = self._rows("x", backend.array(x, like=self._mean), self.image_shape)
-        self._check_finite("x", images)
-        noise = backend.xp.astype(self._posterior.mean(images - self._mean_rows), self._mean.dtype, copy=False)
-        return self._images(self._mean_rows + times(backend, noise, self._factor_rows), sample_shape)
 
     def marginal_variance(self) -> Array:
         """Variance of every pixel, diag(P Pᵀ) + D; shape (*batch_shape, C, H, W)."""
@@ -196,51 +177,6 @@ class LowRankNormal(Density):
         """
         return ConditionalLowRankNormal(self, Observation(self, self._variance_rows, mask, pixels, softness))
 
-    def components(self) -> Array:
-        """Principal components P V of the factor, largest first; shape (*batch_shape, R, C, H, W).
-
-        V holds the eigenvectors of PᵀP; the norms are P's singular values. Of each component the entry of largest
-        magnitude is positive.
-        """
-        xp = self._backend.xp
-        components = xp.matrix_transpose(xp.astype(self._basis, self._mean.dtype, copy=False)) @ self._factor_rows
-        largest = xp.argmax(xp.abs(components), axis=-1, keepdims=True)
-        sign = xp.sign(xp.take_along_axis(components, largest, axis=-1))
-        components = components * xp.where(sign < 0, sign, xp.ones_like(sign))
-        return self._spread(components, (self.rank, *self.image_shape))
-
-    def scale_components(self, scales: Any, noise: Any) -> Array:
-        """The image μ + P V diag(a) Vᵀ w (SOS-VAE eq. 5), no pixel noise, exact at a = 0.
-
-        scales: a (…, R), in the order of components(); noise: w (…, R). They broadcast; returns (…, C, H, W).
-
-        Raises:
-            InvalidArgument: a shape does not fit.
-        """
-        scale_array, noise_array = self._together((self.rank,), scales=scales, noise=noise)
-        scale_rows, _ = self._rows("scales", scale_array, (self.rank,))
-        noise_rows, sample_shape = self._rows("noise", noise_array, (self.rank,))
-        along = scale_rows * times(self._backend, noise_rows, self._basis)
-        scaled = times_transposed(self._backend, along, self._basis)
-        return self._smooth_images("noise", scaled.reshape(*sample_shape, *self.batch_shape, self.rank))
-
-    def interpolate(self, noise_a: Any, noise_b: Any, steps: int) -> Array:
-        """Images μ + P slerp(w_a, w_b, t), t from 0 to 1 (SOS-VAE eq. 4 without ε, eq. 8).
-
-        noise_a, noise_b: (R,) or (B, R); returns (steps, *batch_shape, C, H, W).
-
-        Raises:
-            InvalidArgument: a shape does not fit, or steps < 1.
-        """
-        steps = require_count("steps", steps)
-        start, end = self._together((self.rank,), noise_a=noise_a, noise_b=noise_b)
-        for name, array in (("noise_a", start), ("noise_b", end)):
-            self._layout.sample_shape(name, array.shape, (self.rank,))
-        path = slerp(start, end, steps)
-        if path.ndim == 2 and self.batch_shape:
-            path = path[:, None]
-        return self._smooth_images("noise", path)
-
     @cached
     def _posterior(self) -> FactorPosterior:
         return FactorPosterior(self._backend, self._factor_rows, None, self._variance_rows)
@@ -250,11 +186,8 @@ class LowRankNormal(Density):
         """log |P Pᵀ + D| = log |D| + log |K|. shape: (B or 1,)"""
         return logdet_of_diagonal(self._backend, self._variance_rows, self._layout.pixels) + self._posterior.logdet
 
-    @cached
-    def _basis(self) -> Array:
-        """V, the eigenvectors of PᵀP by descending eigenvalue. shape: (B or 1, R, R)"""
-        xp = self._backend.xp
-        return xp.flip(xp.linalg.eigh(self._backend.gram(self._factor_rows, None, None, exact=True))[1], axis=-1)
+    def _factor_noise(self, residual: Array) -> Array:
+        return self._posterior.mean(residual)
 
     def _draw(self, seeds: Array) -> Array:
         dtype, backend = self._mean.dtype, self._backend
@@ -262,11 +195,6 @@ class LowRankNormal(Density):
         pixel_noise = self._noise(seeds, self._layout.pixels, Stream.PIXEL, dtype)
         smooth = self._mean_rows + times(backend, factor_noise, self._factor_rows)
         return smooth + backend.xp.sqrt(self._variance_rows) * pixel_noise
-
-    def _smooth_images(self, name: str, noise: Any) -> Array:
-        """The image μ + P w of noise (…, R)."""
-        rows, sample_shape = self._rows(name, self._backend.array(noise, like=self._mean), (self.rank,))
-        return self._images(self._mean_rows + times(self._backend, rows, self._factor_rows), sample_shape)
 
 
 class ConditionalLowRankNormal(Conditional):

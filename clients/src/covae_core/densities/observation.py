@@ -48,6 +48,7 @@ class Observation:
         if backend.looks and backend.nonfinite(pixel_rows):  # what is off the mask may be anything
             pixel_rows = xp.where(self.mask, pixel_rows, xp.zeros_like(pixel_rows))
             density._check_finite("pixels", pixel_rows)
+        self._pixel_rows = pixel_rows
         self.columns, self.counted, self.most = backend.observed(self.mask, pixels.dtype)
         self.everything = bool(self.mask.all()) if backend.looks and self.most == layout.pixels else False
         self.soft = soft
@@ -72,12 +73,24 @@ class Observation:
         """
         if self.soft is None or seeds is None:
             return self.pixels, self.fixed
-        backend = self._backend
-        shape = (*seeds.shape, self.layout.pixels)
-        normals = backend.standard_normal(seeds.reshape(-1), shape[-1], Stream.OBSERVATION, self.keep.dtype)
-        noise = self.soft * normals.reshape(shape)
+        backend, noise = self._backend, self._noise(seeds)
         pixels = self.pixels - backend.take(noise, self.columns) * self.counted
         return pixels, self.fixed - self.gain * backend.take(noise, self._place)
+
+    def everywhere(self, seeds: Array | None) -> Array:
+        """b − s η at every pixel, which off the mask may be anything finite, in float64; without seeds or softness, b.
+
+        seeds: (N, B); returns (N or 1, B, S).
+        """
+        pixels = self._backend.xp.astype(self._pixel_rows, self._backend.xp.float64)
+        return pixels if self.soft is None or seeds is None else pixels - self._noise(seeds)
+
+    def _noise(self, seeds: Array) -> Array:
+        """s η, the noise that the softness is of. shape: (N, B, S)"""
+        shape = (*seeds.shape, self.layout.pixels)
+        normals = self._backend.standard_normal(seeds.reshape(-1), shape[-1], Stream.OBSERVATION, self.keep.dtype)
+        assert self.soft is not None
+        return self.soft * normals.reshape(shape)
 
     def keep_everywhere(self) -> Array:
         """1 − g at every pixel. shape: (M, S)"""
