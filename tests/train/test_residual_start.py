@@ -6,7 +6,8 @@ import scipy.linalg
 import torch
 
 from covae_core.errors import InvalidArgument
-from covae_train.families.sos_vae import LowRankHead, begin_at_residuals, residual_components
+from covae_train.factor import begin_at_residuals, residual_components
+from covae_train.families.sos_vae import LowRankHead
 from covae_train.image_model import Vae
 from covae_train.objective import Batch
 from covae_train.posteriors import NormalPosterior

@@ -137,7 +137,9 @@ def fit_spread(model: Vae, images: Tensor, seed: int) -> FittedSpread:
     units = (part.float() / 255 for part in torch.split(images, BATCH))
     features, pixels = kept(at_draw(model, Batch(unit, model.latent_noise((len(unit),), random))) for unit in units)
     rank = getattr(model.head.scoring_density(features[:2]), "rank", 0)
-    spread = FittedSpread(features.shape[1], pixels.shape[1], rank, getattr(model.head, "floor", None) or FLOOR)
+    learned = getattr(model.head, "variance", None)
+    width = learned.in_channels if isinstance(learned, nn.Conv2d) else features.shape[1]
+    spread = FittedSpread(width, pixels.shape[1], rank, getattr(model.head, "floor", None) or FLOOR)
     _begin(spread, model, features, pixels)
 
     def density(rows: Tensor) -> Density:

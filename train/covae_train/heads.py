@@ -8,7 +8,8 @@ from math import cos, pi
 import torch
 from torch import Tensor, nn
 
-from covae_core.densities import Density, LowRankNormal
+from covae_core.densities import Density
+from covae_core.densities.factored import Factored
 from covae_train.image_model import Vae
 from covae_train.objective import Batch
 
@@ -75,22 +76,22 @@ def kept(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(features), torch.cat(images)
 
 
-def factor_covariance(densities: Iterable[tuple[LowRankNormal, Tensor]]) -> Tensor:
+def factor_covariance(densities: Iterable[tuple[Factored, Tensor]]) -> Tensor:
     """C, the likeliest covariance of the factor's noise, of which a density says I. shape: (R, R) float64
 
-    By expectation maximisation (Rubin & Thayer 1982): with A = PᵀD⁻¹P and b = PᵀD⁻¹(x − μ) of an image, its noise given
-    it is N(S b, S), S = (C⁻¹ + A)⁻¹, and C becomes the mean of S + S b bᵀ S. A column that has grown and that no image
-    uses, which costs but a few nats, has next to nothing in C.
+    By expectation maximisation (Rubin & Thayer 1982): with A = PᵀΛP and b = PᵀΛ(x − μ) of an image, Λ the precision of
+    what is beside the factor, its noise given it is N(S b, S), S = (C⁻¹ + A)⁻¹, and C becomes the mean of S + S b bᵀ S.
+    A column that has grown and that no image uses, which costs but a few nats, has next to nothing in C.
 
     densities: each for a batch of images, beside these, (B, C, H, W).
     """
     products, projections = [], []
     for density, images in densities:
         exact = density.to(torch.float64)
-        weighted = exact._factor_rows / exact._variance_rows[:, None]
-        residuals = (images.double() - exact.mean).flatten(1)
-        products.append(weighted @ exact._factor_rows.mT)
-        projections.append((weighted @ residuals[..., None])[..., 0])
+        factor = exact._white_factor
+        residuals = exact._white_residual(images.double().flatten(1)[None])[0]
+        products.append(factor @ factor.mT)
+        projections.append((factor @ residuals[..., None])[..., 0])
     gram, projection = torch.cat(products), torch.cat(projections)
     identity = torch.eye(gram.shape[-1], dtype=torch.float64)
     found = identity

@@ -107,8 +107,8 @@ class DensityHead(nn.Module, ABC):
 class FittedSpread(nn.Module):
     """The spread of a scoring density, fitted to images that nothing was trained on (`covae_train.calibration`).
 
-    Of the head's it keeps the mean; its factor's columns, if it has one, are scaled, each by its own, and its variance
-    becomes softplus(1×1 convolution of the features) + floor.
+    Of the head's it keeps the mean and filters; its factor's columns, if it has one, are scaled, each by its own, and
+    its variance becomes softplus(1×1 convolution of the features, or of the last of them) + floor.
     """
 
     floor: Tensor
@@ -123,7 +123,8 @@ class FittedSpread(nn.Module):
     def of(self, density: Density, features: Tensor) -> Density:
         """The density to score with, of the head's and the features it was made from."""
         parameters = density.parameters
-        parameters["variance"] = self.softplus(self.variance(features)) + self.floor
+        own = features[:, -self.variance.in_channels :]
+        parameters["variance"] = self.softplus(self.variance(own)) + self.floor
         if len(self.log_scales):
             parameters["factor"] = parameters["factor"] * self.log_scales.exp()[:, None, None, None]
         return type(density)(**parameters, check=False)  # type: ignore[call-arg]
@@ -192,11 +193,20 @@ class MeanFirstHead(DensityHead):
         self.softplus = nn.Identity() if floor is None else nn.Softplus()
         self.mean_variance, self.floor = mean_variance, floor
 
+    def mean_of(self, features: Tensor) -> Tensor:
+        """μ. shape: (B, C, H, W)"""
+        mean: Tensor = self.mean(features)
+        return mean
+
     def variances(self, features: Tensor) -> Tensor:
         """The learned variance of every pixel. shape: (B, C, H, W)"""
         assert self.variance is not None
         variances: Tensor = self.softplus(self.variance(features)) + self.floor
         return variances
+
+    def local(self, mean: Tensor, features: Tensor) -> Density:
+        """Around a mean (B, C, H, W), what is learned beside a factor: here, independent pixels."""
+        return DiagonalNormal(mean, self.variances(features), check=False)
 
     def density_around(self, mean: Tensor) -> DiagonalNormal:
         """N(mean, mean_variance · I). mean: (B, C, H, W)"""

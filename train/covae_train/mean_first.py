@@ -93,7 +93,7 @@ def likeliest_mean(model: Vae, batch: Batch) -> Terms:
 
 def _of_mean(model: Vae, batch: Batch, around: Callable[[Tensor], DiagonalNormal]) -> Terms:
     latents, kl = encoded(model, batch)
-    density = around(_head(model).mean(model.features(latents)))
+    density = around(_head(model).mean_of(model.features(latents)))
     log_prob = density.log_prob(batch.images)
     return Terms(-log_prob.mean(), log_prob, kl, density.entropy())
 
@@ -120,7 +120,7 @@ def everything(mean_share: float = 0.0) -> Loss:
 
 
 def likelihood(hold: Hold = "none") -> Loss:
-    """−log p(x|z) of independent pixels with a learned variance, and what holds the mean.
+    """−log p(x|z) of what is learned beside a factor, and what holds the mean.
 
     none: nothing, a β-VAE's loss. joint: −log N(x; μ, σ² I) beside it, as a density alone gives up the pixels that a
     large variance explains, and means become blobs. apart: that alone trains the mean, a constant in p(x|z).
@@ -129,9 +129,10 @@ def likelihood(hold: Hold = "none") -> Loss:
     def loss(model: Vae, batch: Batch) -> Terms:
         latents, kl = encoded(model, batch)
         head, features = _head(model), model.features(latents)
-        mean = head.mean(features)
+        mean = head.mean_of(features)
         around = mean.detach() if hold == "apart" else mean
-        density = DiagonalNormal(around, head.variances(features), check=False)
+        density = head.local(around, features)
+        assert isinstance(density, HasEntropy)
         log_prob = density.log_prob(batch.images)
         held = torch.zeros(()) if hold == "none" else likeliest_around(mean, batch.images).log_prob(batch.images)
         return Terms(-(log_prob + held).mean(), log_prob, kl, density.entropy())
@@ -144,7 +145,7 @@ def begin_at_likeliest(model: Vae, training: TrainingImages) -> None:
     head = _head(model)
     assert isinstance(head.variance, nn.Conv2d)
     pairs = shown(model, training, START_IMAGES)
-    start_variance(head.variance, (images - head.mean(features) for features, images in pairs))
+    start_variance(head.variance, (images - head.mean_of(features) for features, images in pairs))
 
 
 def shown(model: Vae, training: TrainingImages, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -161,10 +162,10 @@ def paper_phases(options: ResidualOptions, mean_share: float = 0.0, begin: Begin
     ]
 
 
-def likelihood_phases(options: ResidualOptions, loss: Loss) -> list[Phase]:
+def likelihood_phases(options: ResidualOptions, loss: Loss, begin: Begin = begin_at_likeliest) -> list[Phase]:
     """The mean alone, at its likeliest variance; then a variance for each pixel, with a falling learning rate."""
     rest = options.epochs - options.mean_epochs
     return [
         Phase("mean", options.mean_epochs, options.mean_learning_rate, likeliest_mean, usable=False),
-        Phase("all", rest, options.learning_rate, loss, begin=begin_at_likeliest, decay=DECAY, clip=CLIP),
+        Phase("all", rest, options.learning_rate, loss, begin=begin, decay=DECAY, clip=CLIP),
     ]

@@ -33,7 +33,7 @@ class DiagonalHead(MeanFirstHead):
         super().__init__(in_width, channels, 2 * min_variance, min_variance)
 
     def density(self, features: Tensor) -> DiagonalNormal:
-        return DiagonalNormal(self.mean(features), self.variances(features), check=False)
+        return DiagonalNormal(self.mean_of(features), self.variances(features), check=False)
 
 
 def build(config: RunConfig) -> Vae:

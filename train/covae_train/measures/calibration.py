@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from covae_core.densities import LowRankNormal, Whitening
+from covae_core.densities import Whitening
+from covae_core.densities.factored import Factored
 from covae_train.data import ImageData
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.measures.coherence import lag1
@@ -43,11 +44,10 @@ def whitened(run: TrainedRun, images: Tensor, seed: int) -> tuple[Tensor, Tensor
 
 
 def _along_factor(density: Whitening, white: Tensor) -> Tensor:
-    """The mean square of whitened residuals along the R principal directions of D^(−½) P. shape: (B,)"""
-    if not isinstance(density, LowRankNormal):
+    """The mean square of whitened residuals along the R principal directions of the whitened factor. shape: (B,)"""
+    if not isinstance(density, Factored):
         return torch.full((len(white),), torch.nan, dtype=torch.float64)
-    factor = density._factor_rows / density._variance_rows.sqrt()[:, None]
-    directions = torch.linalg.svd(factor, full_matrices=False).Vh
+    directions = torch.linalg.svd(density._white_factor, full_matrices=False).Vh
     found: Tensor = (directions @ white.flatten(1)[..., None])[..., 0].square().mean(1)
     return found
 

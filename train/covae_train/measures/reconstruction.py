@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from covae_core.densities import LowRankNormal
+from covae_core.densities.factored import Factored
 from covae_train.data import ImageData
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.run import TrainedRun
@@ -32,7 +32,7 @@ def _reconstructed(run: TrainedRun, pixels: Tensor) -> Tensor:
     posteriors = run.model.posteriors(pixels) if run.model.encodes else {}
     latents = {name: posterior.mean for name, posterior in posteriors.items()}
     density = run.model.density(latents, len(pixels))
-    if not latents and isinstance(density, LowRankNormal):
+    if not latents and isinstance(density, Factored):
         projected: Tensor = density.project(pixels)
         return projected
     mean: Tensor = density.mean

@@ -15,8 +15,6 @@ from covae_core.densities.sparse_precision_normal import SparsePrecisionNormal
 DENSITIES: Mapping[str, type[Density]] = {
     density.kind: density for density in (LowRankNormal, DiagonalNormal, SparsePrecisionNormal, HybridNormal)
 }
-    density.kind: density for density in (LowRankNormal, DiagonalNormal, SparsePrecisionNormal, HybridNormal)
-}
 
 __all__ = [
     "DENSITIES",

@@ -81,6 +81,15 @@ class Factored(Density):
             path = path[:, None]
         return self._smooth_images("noise", path)
 
+    @property
+    @abstractmethod
+    def _white_factor(self) -> Array:
+        """P where what is beside P w is N(0, I). shape: (B or 1, R, S)"""
+
+    @abstractmethod
+    def _white_residual(self, images: Array) -> Array:
+        """x − μ there. shape: (N, B, S)"""
+
     @abstractmethod
     def _factor_noise(self, residual: Array) -> Array:
         """E[w|x] of x − μ. shape: (N, B, S) → (N, B, R), float64"""

@@ -71,7 +71,7 @@ class HybridNormal(Factored):
     def _square(self, images: Array) -> Array:
         """‖r̃ − P̃ c‖² + ‖c‖² with c = K⁻¹ P̃ᵀ r̃, as LowRankNormal's."""
         backend, xp = self._backend, self._backend.xp
-        white = self._cholesky.whiten(images - self._mean_rows)
+        white = self._white_residual(images)
         noise = self._posterior.mean(white)
         rest = white - times(backend, xp.astype(noise, white.dtype, copy=False), self._white_factor)
         with np.errstate(over="ignore"):
@@ -90,7 +90,7 @@ class HybridNormal(Factored):
         backend, xp = self._backend, self._backend.xp
         images, sample_shape = self._rows("x", backend.array(x, like=self._mean), self.image_shape)
         self._check_finite("x", images)
-        white, factor = self._cholesky.whiten(images - self._mean_rows), self._white_factor
+        white, factor = self._white_residual(images), self._white_factor
         shrinkage = backend.whitening(backend.gram(factor, None, None, exact=True))
         inside = times(backend, xp.astype(times_transposed(backend, white, factor), xp.float64), shrinkage)
         return self._images(white - times(backend, xp.astype(inside, white.dtype), factor), sample_shape)
@@ -143,6 +143,9 @@ class HybridNormal(Factored):
         """P̃ = Lᵀ P. shape: (B or 1, R, S)"""
         columns = self._backend.xp.permute_dims(self._factor_rows, (1, 0, 2))
         return self._backend.xp.permute_dims(self._cholesky.whiten(columns), (1, 0, 2))
+
+    def _white_residual(self, images: Array) -> Array:
+        return self._cholesky.whiten(images - self._mean_rows)
 
     @cached
     def _posterior(self) -> FactorPosterior:

@@ -118,9 +118,7 @@ class LowRankNormal(Factored):
         backend, xp = self._backend, self._backend.xp
         images, sample_shape = self._rows("x", backend.array(x, like=self._mean), self.image_shape)
         self._check_finite("x", images)
-        roots = xp.sqrt(self._variance_rows)
-        white = (images - self._mean_rows) / roots
-        factor = self._factor_rows / roots[:, None]
+        white, factor = self._white_residual(images), self._white_factor
         shrinkage = backend.whitening(backend.gram(self._factor_rows, None, self._variance_rows, exact=True))
         along = xp.astype(times_transposed(backend, white, factor), xp.float64)
         inside = times(backend, along, shrinkage)
@@ -185,6 +183,13 @@ class LowRankNormal(Factored):
     def _logdet(self) -> Array:
         """log |P Pᵀ + D| = log |D| + log |K|. shape: (B or 1,)"""
         return logdet_of_diagonal(self._backend, self._variance_rows, self._layout.pixels) + self._posterior.logdet
+
+    @cached
+    def _white_factor(self) -> Array:
+        return self._factor_rows / self._backend.xp.sqrt(self._variance_rows)[:, None]
+
+    def _white_residual(self, images: Array) -> Array:
+        return (images - self._mean_rows) / self._backend.xp.sqrt(self._variance_rows)
 
     def _factor_noise(self, residual: Array) -> Array:
         return self._posterior.mean(residual)

@@ -1,7 +1,7 @@
 """Which later pixels a pixel's filter reaches, and in what order an image is solved for.
 
-Of a pixel k, raster order, a neighbourhood of side n_f holds the h = n_f // 2 pixels to its right and the h rows below,
-from h to the left to h to the right: (n_f² − 1)/2 neighbours m > k (structured residuals section 4.1; the columns of L).
+Of a pixel k, in raster order, a neighbourhood of side n_f holds the h = n_f // 2 pixels to its right and, of the h rows
+below, those from h to the left to h to the right: (n_f² − 1)/2 neighbours m > k, the rows of L's column k.
 With G dilations it holds the same pattern again at twice the distance, at four times it, … (section 4.3, figure 5).
 """
 
