@@ -102,7 +102,7 @@ class FilterMaps(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         maps = self.maps(features)
-        shape = (len(maps), self.neighbourhood.dilations, self.count, self.channels, *maps.shape[2:])
+        shape = (maps.shape[0], self.neighbourhood.dilations, self.count, self.channels, *maps.shape[2:])
         weights: Tensor = maps.reshape(shape)
         return weights if self.basis is None else torch.einsum("kn,bgnchw->bgkchw", self.basis, weights)
 
