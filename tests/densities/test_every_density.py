@@ -64,7 +64,11 @@ def home(request):
     return Home(request.param)
 
 
-@pytest.fixture(params=DENSITIES)
+# Over all of an image's numbers; test_ycbcr_normal.py is about the one that is not.
+WHOLE = [kind for kind in DENSITIES if kind != "ycbcr-normal"]
+
+
+@pytest.fixture(params=WHOLE)
 def kind(request):
     return request.param
 
@@ -97,7 +101,7 @@ def dense_edit(mean, covariance, mask, pixels, softness):
 
 
 def test_there_is_a_case_for_every_kind():
-    assert CASES.keys() == DENSITIES.keys()
+    assert CASES.keys() == set(WHOLE)
 
 
 def test_scores_and_entropy_are_those_of_the_dense_normal(case, home):

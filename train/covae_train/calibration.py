@@ -139,7 +139,8 @@ def fit_spread(model: Vae, images: Tensor, seed: int) -> FittedSpread:
     rank = getattr(model.head.scoring_density(features[:2]), "rank", 0)
     learned = getattr(model.head, "variance", None)
     width = learned.in_channels if isinstance(learned, nn.Conv2d) else features.shape[1]
-    spread = FittedSpread(width, pixels.shape[1], rank, getattr(model.head, "floor", None) or FLOOR)
+    channels = learned.out_channels if isinstance(learned, nn.Conv2d) else pixels.shape[1]
+    spread = FittedSpread(width, channels, rank, getattr(model.head, "floor", None) or FLOOR)
     _begin(spread, model, features, pixels)
 
     def density(rows: Tensor) -> Density:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, Self, cast
+from math import expm1, log
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from covae_core.densities import HasEntropy, SparsePrecisionNormal, Whitening
+from covae_core.densities import HasEntropy, SparsePrecisionNormal, Whitening, YCbCrNormal
 from covae_core.densities.neighbourhood import Neighbourhood, neighbours_of
+from covae_core.densities.ycbcr_normal import averaged, check_divisible, repeated, to_rgb, to_ycbcr
 from covae_core.errors import InvalidArgument
 from covae_train.config import ImageShape, RunConfig
 from covae_train.families import Constraints
+from covae_train.heads import start_variance
 from covae_train.image_model import MeanFirstHead, Vae, small_head
 from covae_train.mean_first import (
     START_IMAGES,
@@ -27,6 +30,7 @@ from covae_train.networks.residual import size_defaults
 from covae_train.objective import Batch, Constraint, Terms, encoded
 from covae_train.phases import Loss, TrainingImages
 
+Colour = Literal["rgb", "ycbcr"]
 # n_f by the image's longer side: the first row whose limit it does not exceed. SUPN has 7 for 64×64 faces.
 SIDES = ((16, 3), (32, 5), (256, 7))
 # The paper's α, and that of its first 10 of 110 epochs.
@@ -58,6 +62,16 @@ class StructuredOptions(ObjectiveOptions):
         if self.neighbourhood % 2 == 0 or self.neighbourhood < 3:
             raise ValueError(f"neighbourhood: found {self.neighbourhood}; expected an odd number from 3 on")
         return self
+
+
+class ColourOptions(StructuredOptions):
+    """Of one that can also see colour as luminance and chroma."""
+
+    colour: Colour = Field(
+        "rgb",
+        description="rgb, with filters for each channel; or ycbcr, with filters for the luminance and independent "
+        "chroma at a quarter of the resolution (structured residuals eqs. 8 to 12)",
+    )
 
 
 def structured_defaults(image_shape: ImageShape) -> dict[str, Any]:
@@ -125,19 +139,57 @@ class HasFilters(Protocol):
 
 
 class SparseHead(MeanFirstHead):
-    """Mean, filters and a pixel's variance given the later ones, all by 1×1 convolutions."""
+    """Mean, filters and a pixel's variance given the later ones, all by 1×1 convolutions.
+
+    In YCbCr the mean's three maps are luminance and chroma, and filters and variance are the luminance's; chroma's mean
+    and variance are made of averages over 4×4 squares.
+    """
 
     def __init__(
-        self, in_width: int, channels: int, floor: float, neighbourhood: Neighbourhood, basis: int | None
+        self,
+        in_width: int,
+        channels: int,
+        floor: float,
+        neighbourhood: Neighbourhood,
+        basis: int | None,
+        colour: Colour = "rgb",
     ) -> None:
         super().__init__(in_width, channels, 2 * floor, floor)
-        self.filters = FilterMaps(in_width, channels, neighbourhood, basis)
+        self.colour = colour
+        if colour == "ycbcr":
+            self.variance = small_head(in_width, 1, log(expm1(floor)))
+            self.chroma_variance = small_head(in_width, channels - 1, log(expm1(floor)))
+        self.filters = FilterMaps(in_width, 1 if colour == "ycbcr" else channels, neighbourhood, basis)
 
-    def local(self, mean: Tensor, features: Tensor) -> SparsePrecisionNormal:
-        return SparsePrecisionNormal(mean, self.filters(features), self.variances(features), check=False)
+    def mean_of(self, features: Tensor) -> Tensor:
+        mean = super().mean_of(features)
+        if self.colour == "rgb":
+            return mean
+        found: Tensor = to_rgb(torch.cat([mean[:, :1], repeated(averaged(mean[:, 1:]))], 1))
+        return found
 
-    def density(self, features: Tensor) -> SparsePrecisionNormal:
+    def local(self, mean: Tensor, features: Tensor) -> SparsePrecisionNormal | YCbCrNormal:
+        own = {"filters": self.filters(features), "variance": self.variances(features)}
+        if self.colour == "rgb":
+            return SparsePrecisionNormal(mean, **own, check=False)
+        chroma = self.softplus(averaged(self.chroma_variance(features))) + self.floor
+        return YCbCrNormal(mean, **own, chroma_variance=chroma, check=False)
+
+    def density(self, features: Tensor) -> SparsePrecisionNormal | YCbCrNormal:
         return self.local(self.mean_of(features), features)
+
+
+def check_colour(config: RunConfig) -> Colour:
+    """The colour space that the options ask for.
+
+    Raises:
+        InvalidArgument: the images have none, or sides that it cannot divide.
+    """
+    colour = cast(ColourOptions, config.options).colour
+    if colour == "ycbcr":
+        height, width, channels = config.image_shape
+        check_divisible((channels, height, width))
+    return colour
 
 
 def begin_local(model: Vae, training: TrainingImages) -> None:
@@ -146,16 +198,20 @@ def begin_local(model: Vae, training: TrainingImages) -> None:
     pairs = list(shown(model, training, START_IMAGES))
     head = cast(MeanFirstHead, model.head)
     filters = cast(HasFilters, head).filters
-    constants = regression(((images - head.mean_of(features)) for features, images in pairs), filters.neighbourhood)
-    filters.start(constants)
+    in_luma = getattr(head, "colour", "rgb") == "ycbcr"
+    residuals = [images - head.mean_of(features) for features, images in pairs]
+    structured = [to_ycbcr(part)[:, :1] for part in residuals] if in_luma else residuals
+    filters.start(regression(structured, filters.neighbourhood))
     begin_at_likeliest(model, training)
+    if in_luma:
+        start_variance(cast(SparseHead, head).chroma_variance, residuals)
     assert isinstance(head.variance, nn.Conv2d)
     assert head.variance.bias is not None
     white = []
     for features, images in pairs:
         density = head.local(head.mean_of(features), features)
         assert isinstance(density, Whitening)
-        white.append(density.whiten(images).square().mean())
+        white.append(density.whiten(images)[:, : filters.channels].square().mean())
     variance = head.variances(pairs[0][0]).mean() * torch.stack(white).mean()
     head.variance.bias.fill_(max(float(variance) - float(head.floor or 0), 1e-9)).expm1_().log_()
 

@@ -38,6 +38,8 @@ class Stream(IntEnum):
     OBSERVATION = 5
     POSE = 6
     POSE_POSTERIOR = 7
+    CHROMA = 8
+    CHROMA_OBSERVATION = 9
 
 
 @cache

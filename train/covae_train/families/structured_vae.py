@@ -11,9 +11,10 @@ from covae_train.mean_first import likelihood, likelihood_phases
 from covae_train.networks.residual import Decoder, Encoder
 from covae_train.phases import Phase
 from covae_train.structured import (
+    ColourOptions,
     SparseHead,
-    StructuredOptions,
     begin_local,
+    check_colour,
     pattern,
     structured_constraints,
     structured_defaults,
@@ -25,21 +26,22 @@ def build(config: RunConfig) -> Vae:
     """SOS-VAE's encoder and decoder with a head of mean, filters and variance.
 
     Raises:
-        InvalidArgument: the neighbourhood is larger than the image.
+        InvalidArgument: the neighbourhood is larger than the image, or the colour space not for such images.
     """
-    options = cast(StructuredOptions, config.options)
+    options = cast(ColourOptions, config.options)
     height, width, channels = config.image_shape
+    colour = check_colour(config)
     return Vae(
         Encoder(channels, options.widths, options.latent_size),
         Decoder(options.latent_size, options.widths, height, width),
-        SparseHead(options.widths[0], channels, options.floor, pattern(config), options.basis),
+        SparseHead(options.widths[0], channels, options.floor, pattern(config), options.basis, colour),
         (options.latent_size,),
     )
 
 
 def phases(config: RunConfig) -> list[Phase]:
     """For the likelihood: the mean alone, then everything. The paper's: everything, the error minimised beside it."""
-    options = cast(StructuredOptions, config.options)
+    options = cast(ColourOptions, config.options)
     if options.objective == "paper":
         loss = variance_minimiser(options.first_minimiser, options.minimiser)
         return [Phase("all", options.epochs, options.learning_rate, loss, begin=begin_local)]
@@ -50,7 +52,7 @@ register(
     Family(
         "structured-vae",
         "sparse precision over images: neighbours vary together (structured residuals, 2018)",
-        StructuredOptions,
+        ColourOptions,
         build,
         phases,
         structured_defaults,

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from covae_core.densities import SparsePrecisionNormal
+from covae_core.densities import SparsePrecisionNormal, YCbCrNormal
 from covae_train.config import RunConfig
 from covae_train.families import Family, register
 from covae_train.image_model import Vae
@@ -18,9 +18,10 @@ from covae_train.networks.residual import Decoder, Encoder
 from covae_train.objective import Batch, Terms, encoded
 from covae_train.phases import Phase
 from covae_train.structured import (
+    ColourOptions,
     SparseHead,
-    StructuredOptions,
     begin_local,
+    check_colour,
     pattern,
     structured_constraints,
     structured_defaults,
@@ -48,26 +49,29 @@ class TwoDecodersHead(SparseHead):
         return super().mean_of(features[:, : features.shape[1] // 2])
 
     def variances(self, features: Tensor) -> Tensor:
-        return super().variances(features[:, features.shape[1] // 2 :])
+        return super().variances(self._own(features))
 
-    def local(self, mean: Tensor, features: Tensor) -> SparsePrecisionNormal:
-        filters = self.filters(features[:, features.shape[1] // 2 :])
-        return SparsePrecisionNormal(mean, filters, self.variances(features), check=False)
+    def local(self, mean: Tensor, features: Tensor) -> SparsePrecisionNormal | YCbCrNormal:
+        return super().local(mean, self._own(features))
+
+    def _own(self, features: Tensor) -> Tensor:
+        return features[:, -self.filters.maps.in_channels :]
 
 
 def build(config: RunConfig) -> Vae:
     """SOS-VAE's encoder, and its decoder twice.
 
     Raises:
-        InvalidArgument: the neighbourhood is larger than the image.
+        InvalidArgument: the neighbourhood is larger than the image, or the colour space not for such images.
     """
-    options = cast(StructuredOptions, config.options)
+    options = cast(ColourOptions, config.options)
     height, width, channels = config.image_shape
+    colour = check_colour(config)
     decoders = [Decoder(options.latent_size, options.widths, height, width) for _ in range(2)]
     return Vae(
         Encoder(channels, options.widths, options.latent_size),
         TwoDecoders(*decoders),
-        TwoDecodersHead(options.widths[0], channels, options.floor, pattern(config), options.basis),
+        TwoDecodersHead(options.widths[0], channels, options.floor, pattern(config), options.basis, colour),
         (options.latent_size,),
     )
 
@@ -75,9 +79,9 @@ def build(config: RunConfig) -> Vae:
 def of_covariance(model: Vae) -> Iterator[nn.Parameter]:
     """What the second stage trains."""
     decoders, head = cast(TwoDecoders, model.decoder), cast(TwoDecodersHead, model.head)
-    assert head.variance is not None
-    for module in (decoders.covariance, head.filters, head.variance):
-        yield from module.parameters()
+    yield from decoders.covariance.parameters()
+    means = {id(parameter) for parameter in head.mean.parameters()}
+    yield from (parameter for parameter in head.parameters() if id(parameter) not in means)
 
 
 def covariance_alone(model: Vae, batch: Batch) -> Terms:
@@ -94,7 +98,7 @@ def covariance_alone(model: Vae, batch: Batch) -> Terms:
 
 def phases(config: RunConfig) -> list[Phase]:
     """The VAE and its mean, at their likeliest variance; then the covariance alone. Both objectives are this one."""
-    options = cast(StructuredOptions, config.options)
+    options = cast(ColourOptions, config.options)
     mean, rest = likelihood_phases(options, covariance_alone, begin_local)
     return [mean, replace(rest, name="covariance", trains=of_covariance)]
 
@@ -103,7 +107,7 @@ register(
     Family(
         "supn",
         "sparse precision by a decoder of its own, after the mean's: SUPN, structured-vae's parent (2018)",
-        StructuredOptions,
+        ColourOptions,
         build,
         phases,
         structured_defaults,

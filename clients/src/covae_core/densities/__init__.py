@@ -10,10 +10,12 @@ from covae_core.densities.low_rank_normal import ConditionalLowRankNormal, LowRa
 from covae_core.densities.precision_conditional import PrecisionConditional
 from covae_core.densities.slerp import slerp
 from covae_core.densities.sparse_precision_normal import SparsePrecisionNormal
+from covae_core.densities.ycbcr_normal import YCbCrNormal
 
 # Every density by the name that a model's config gives it (contract.ModelSpec.density).
 DENSITIES: Mapping[str, type[Density]] = {
-    density.kind: density for density in (LowRankNormal, DiagonalNormal, SparsePrecisionNormal, HybridNormal)
+    density.kind: density
+    for density in (LowRankNormal, DiagonalNormal, SparsePrecisionNormal, HybridNormal, YCbCrNormal)
 }
 
 __all__ = [
@@ -31,5 +33,6 @@ __all__ = [
     "PrecisionConditional",
     "SparsePrecisionNormal",
     "Whitening",
+    "YCbCrNormal",
     "slerp",
 ]

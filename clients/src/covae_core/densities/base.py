@@ -143,6 +143,8 @@ class Density(Drawable):
     """
 
     kind: ClassVar[str]
+    pixel_stream: ClassVar[Stream] = Stream.PIXEL
+    observation_stream: ClassVar[Stream] = Stream.OBSERVATION
     _mean: Array
     _mean_rows: Array
     _variance_rows: Array
@@ -156,6 +158,11 @@ class Density(Drawable):
     def mean(self) -> Array:
         """μ; shape (*batch_shape, C, H, W)."""
         return self._mean
+
+    @property
+    def degrees(self) -> int:
+        """Of freedom: how many numbers of an image have a density, S unless it says otherwise."""
+        return self._layout.pixels
 
     @property
     @abstractmethod
@@ -175,7 +182,7 @@ class Density(Drawable):
     def score(self, x: Any) -> tuple[Array, Array]:
         """log_prob and distance of images; the distance, which is the work, is made once. Arguments as log_prob."""
         distance = self.distance(x)
-        return -0.5 * (distance + self.logdet() + self._layout.pixels * log(2 * pi)), distance
+        return -0.5 * (distance + self.logdet() + self.degrees * log(2 * pi)), distance
 
     def distance(self, x: Any) -> Array:
         """Mahalanobis square (x − μ)ᵀ Σ⁻¹ (x − μ), in float64: χ² of S degrees of freedom under the density.

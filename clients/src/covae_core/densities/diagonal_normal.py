@@ -19,7 +19,6 @@ from covae_core.densities.base import (
 )
 from covae_core.densities.layout import Layout, common_batch, flat_pixel, image_shape_of, variance_lead
 from covae_core.densities.observation import Conditional, Observation
-from covae_core.noise import Stream
 
 
 class DiagonalNormal(Density):
@@ -107,7 +106,7 @@ class DiagonalNormal(Density):
         return logdet_of_diagonal(self._backend, self._variance_rows, self._layout.pixels)
 
     def _draw(self, seeds: Array) -> Array:
-        noise = self._noise(seeds, self._layout.pixels, Stream.PIXEL, self._mean.dtype)
+        noise = self._noise(seeds, self._layout.pixels, self.pixel_stream, self._mean.dtype)
         return self._mean_rows + self._backend.xp.sqrt(self._variance_rows) * noise
 
 

@@ -9,7 +9,6 @@ from covae_core.backends import Array, Backend, cached
 from covae_core.densities.base import Density, Drawable, overflows, shared_rows, too_far
 from covae_core.densities.layout import Layout, axes_before, common_batch, mask_lead
 from covae_core.errors import InvalidArgument
-from covae_core.noise import Stream
 
 
 class Observation:
@@ -31,6 +30,7 @@ class Observation:
     def __init__(self, density: Density, variance: Array, mask: Any, pixels: Any, softness: Any) -> None:
         self._backend = backend = density._backend
         self.given = (mask, pixels, softness)
+        self._stream = density.observation_stream
         xp = backend.xp
         mask, pixels = backend.array(mask), backend.array(pixels, like=density.mean)
         if mask.dtype != xp.bool:
@@ -88,7 +88,7 @@ class Observation:
     def _noise(self, seeds: Array) -> Array:
         """s η, the noise that the softness is of. shape: (N, B, S)"""
         shape = (*seeds.shape, self.layout.pixels)
-        normals = self._backend.standard_normal(seeds.reshape(-1), shape[-1], Stream.OBSERVATION, self.keep.dtype)
+        normals = self._backend.standard_normal(seeds.reshape(-1), shape[-1], self._stream, self.keep.dtype)
         assert self.soft is not None
         return self.soft * normals.reshape(shape)
 
