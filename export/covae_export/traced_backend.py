@@ -6,7 +6,8 @@ see that float32 was too coarse.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from covae_core.backends import Factorisation
 from covae_core.errors import Unsupported
+from covae_core.numpy_backend import overlap
 from covae_train.torch_backend import TorchBackend
 
 if TYPE_CHECKING:
@@ -38,6 +40,18 @@ class TracedBackend(TorchBackend):
 
     def _by_rows(self, factor: Tensor, scale: Tensor) -> bool:
         return False
+
+    def shifted(self, images: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
+        """One gather, where slices are a handful of nodes each."""
+        count, shape = images.shape[-4], tuple(images.shape[-3:])
+        places = np.arange(count * prod(shape)).reshape(count, *shape)
+        nowhere = np.full((len(offsets), *shape), count * prod(shape))
+        for k, (below, right) in enumerate(offsets):
+            (to_rows, from_rows), (to_columns, from_columns) = overlap(below, shape[1]), overlap(right, shape[2])
+            nowhere[k, :, to_rows, to_columns] = places[k % count, :, from_rows, from_columns]
+        flat = torch.nn.functional.pad(images.flatten(-4), (0, 1))
+        found = flat.index_select(-1, torch.from_numpy(nowhere.reshape(-1)))
+        return found.reshape(*images.shape[:-4], len(offsets), -1)
 
     def substitute(self, coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
         """One Scan over the fronts, whose state are those that the next one needs, the nearest first."""

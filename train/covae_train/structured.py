@@ -48,9 +48,9 @@ class StructuredOptions(ObjectiveOptions):
         None, description="n_b: filters are mixed of so many that all images share (eq. 15)  [each its own]"
     )
     hold: Hold = Field(
-        "apart",
-        description="of the likelihood, what holds the mean: the squared error alone (apart), it beside the density "
-        "(joint), or nothing (none)",
+        "joint",
+        description="of the likelihood, what holds the mean: the squared error beside the density (joint), it alone "
+        "(apart), or nothing (none)",
     )
     minimiser: NonNegativeFloat = Field(
         MINIMISER, description="of the paper's objective: α, times the squared error summed up over an image (eq. 14)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from math import ceil, pi
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,16 @@ class TorchBackend:
         largest = matrices.detach().amax(dim=(1, 2))
         sound = (info == 0) & largest.isfinite() & (largest <= limit * pivots.amin(dim=1))
         return TorchFactorisation(self, cholesky) if bool(sound.all()) else None
+
+    def shifted(self, images: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
+        height, width = images.shape[-2:]
+        span = max(abs(step) for offset in offsets for step in offset)
+        padded = torch.nn.functional.pad(images, (span, span, span, span))
+        moved = [
+            padded[..., k % images.shape[-4], :, span + below : span + below + height, span + right :][..., :width]
+            for k, (below, right) in enumerate(offsets)
+        ]
+        return torch.stack(moved, dim=-4).flatten(-3)
 
     @torch.no_grad()
     def substitute(self, coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:

@@ -7,7 +7,7 @@ export puts a tracing one in its place while it writes a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -92,6 +92,10 @@ class Backend(Protocol):
 
     def factorise(self, matrices: Array, limit: float) -> Factorisation | None:
         """None if a matrix has no Cholesky factor, or its largest entry is over `limit` times its smallest pivot."""
+
+    def shifted(self, images: Array, offsets: Sequence[tuple[int, int]]) -> Array:
+        """Of image k each pixel takes the value `offsets[k]` = (rows below, columns to the right) of it, 0 beyond the
+        border. shape: (…, K or 1, C, H, W) → (…, K, C·H·W)"""
 
     def substitute(self, coefficients: Array, rows: Array, fronts: Wavefronts) -> Array:
         """y with y_k + Σ_j a_kj y_mj = v_k, front by front; no gradients.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,15 @@ class NumpyBackend:
         pivots = np.diagonal(cholesky, axis1=1, axis2=2) ** 2
         sound = matrices.max(axis=(1, 2)) <= limit * pivots.min(axis=1)
         return NumpyFactorisation(cholesky) if sound.all() else None
+
+    def shifted(self, images: Floats, offsets: Sequence[tuple[int, int]]) -> Floats:
+        found = np.zeros((*images.shape[:-4], len(offsets), *images.shape[-3:]), images.dtype)
+        height, width = images.shape[-2:]
+        for k, (below, right) in enumerate(offsets):
+            if abs(below) < height and abs(right) < width:
+                (to_rows, from_rows), (to_columns, from_columns) = overlap(below, height), overlap(right, width)
+                found[..., k, :, to_rows, to_columns] = images[..., k % images.shape[-4], :, from_rows, from_columns]
+        return found.reshape(*found.shape[:-3], -1)
 
     def substitute(self, coefficients: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
         return substitute(coefficients, rows, fronts)
@@ -184,6 +193,11 @@ def whitening(xp: Any, products: Any) -> Any:
     squares, vectors = xp.linalg.eigh(products)
     root = xp.sqrt(1 + squares * (squares > 0))
     return (vectors / (root * (1 + root))[..., None, :]) @ xp.matrix_transpose(vectors)
+
+
+def overlap(offset: int, size: int) -> tuple[slice, slice]:
+    """Along one axis, where an image moved by an offset has values, and where these are from."""
+    return slice(max(-offset, 0), size - max(offset, 0)), slice(max(offset, 0), size - max(-offset, 0))
 
 
 def substitute(coefficients: Floats, rows: Floats, fronts: Wavefronts) -> Floats:

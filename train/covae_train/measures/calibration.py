@@ -36,7 +36,7 @@ def whitened(run: TrainedRun, images: Tensor, seed: int) -> tuple[Tensor, Tensor
         density = run.model.scoring_density(latents, len(batch)).to(torch.float64)
         assert isinstance(density, Whitening)
         white = density.whiten(pixels.double())
-        squares.append(white.square().mean((1, 2, 3)))
+        squares.append(white.square().sum((1, 2, 3)) / density.degrees)
         along.append(_along_factor(density, white))
         residuals.append(pixels.double() - density.mean)
         kls.append(kl.double())

@@ -39,6 +39,11 @@ class Neighbourhood:
         pattern += [(below, right) for below in range(1, h + 1) for right in range(-h, h + 1)]
         return tuple((below << step, right << step) for step in range(self.dilations) for below, right in pattern)
 
+    @cached_property
+    def opposite(self) -> tuple[tuple[int, int], ...]:
+        """Where from each neighbour its pixel is."""
+        return tuple((-below, -right) for below, right in self.offsets)
+
     @property
     def span(self) -> int:
         """How many pixels the farthest neighbour is away, along either axis."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array_api_compat import device
+from collections.abc import Sequence
 
 from covae_core.backends import Array, Backend
 from covae_core.densities.layout import Layout
@@ -66,17 +66,13 @@ class SparseCholesky:
 
     def _combine(self, filters: Array, rows: Array) -> Array:
         """(I + A) r: each pixel, and its filter's sum over its neighbours."""
-        padded, total = self._padded(rows), rows
-        for k, offset in enumerate(self._neighbourhood.offsets):
-            total = total + filters[:, k] * self._view(padded, offset)
-        return total
+        xp = self._backend.xp
+        return rows + xp.sum(filters * self._shifted(rows[:, :, None], self._neighbourhood.offsets), axis=-2)
 
     def _combine_transposed(self, filters: Array, rows: Array) -> Array:
         """(I + A)ᵀ v: each pixel gives to its neighbours."""
-        padded, total = self._padded(filters * rows[:, :, None]), rows
-        for k, (below, right) in enumerate(self._neighbourhood.offsets):
-            total = total + self._view(padded[:, :, k], (-below, -right))
-        return total
+        xp = self._backend.xp
+        return rows + xp.sum(self._shifted(filters * rows[:, :, None], self._neighbourhood.opposite), axis=-2)
 
     def _solve(self, filters: Array, rows: Array) -> Array:
         """(I + A)⁻¹ v"""
@@ -92,12 +88,9 @@ class SparseCholesky:
 
     def _solve_transposed(self, filters: Array, rows: Array) -> Array:
         """(I + A)⁻ᵀ v. Read from the last pixel to the first, (I + A)ᵀ is a matrix of I + A's pattern."""
-        backend, xp = self._backend, self._backend.xp
-        padded = self._padded(filters)
-        moved = [
-            self._view(padded[:, k], (-below, -right)) for k, (below, right) in enumerate(self._neighbourhood.offsets)
-        ]
-        solved = self._turned(self._substituted(self._turned(xp.stack(moved, axis=1)), self._turned(rows)))
+        backend = self._backend
+        moved = self._shifted(filters, self._neighbourhood.opposite)
+        solved = self._turned(self._substituted(self._turned(moved), self._turned(rows)))
         if not backend.recording():
             return solved
         return backend.implicit(
@@ -123,21 +116,6 @@ class SparseCholesky:
         by_channel = rows.reshape(*rows.shape[:-1], self._layout.image_shape[0], -1)
         return self._backend.xp.flip(by_channel, axis=-1).reshape(rows.shape)
 
-    def _padded(self, rows: Array) -> Array:
-        """Images with zeros around, as far as a filter reaches. shape: (…, S) → (…, C, H + 2 span, W + 2 span)"""
-        xp, span = self._backend.xp, self._neighbourhood.span
-        images = rows.reshape(*rows.shape[:-1], *self._layout.image_shape)
-        for axis in (-2, -1):
-            shape = list(images.shape)
-            shape[axis] = span
-            edge = xp.zeros(tuple(shape), dtype=images.dtype, device=device(images))
-            images = xp.concat([edge, images, edge], axis=axis)
-        return images
-
-    def _view(self, padded: Array, offset: tuple[int, int]) -> Array:
-        """Of each pixel, that so many rows below and columns to the right. returns (…, S)"""
-        span = self._neighbourhood.span
-        _, height, width = self._layout.image_shape
-        top, left = span + offset[0], span + offset[1]
-        part = padded[..., top : top + height, left : left + width]
-        return part.reshape(*padded.shape[:-3], self._layout.pixels)
+    def _shifted(self, rows: Array, offsets: Sequence[tuple[int, int]]) -> Array:
+        """Row k moved by offset k. shape: (…, K or 1, S) → (…, K, S)"""
+        return self._backend.shifted(rows.reshape(*rows.shape[:-1], *self._layout.image_shape), offsets)

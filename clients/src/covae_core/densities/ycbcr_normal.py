@@ -42,7 +42,9 @@ def averaged(maps: Array) -> Array:
     """The mean over each 4×4 square. shape: (…, C, H, W) → (…, C, H/4, W/4)"""
     *lead, height, width = maps.shape
     squares = maps.reshape(*lead, height // CHROMA_SIDE, CHROMA_SIDE, width // CHROMA_SIDE, CHROMA_SIDE)
-    return backend_of(maps).xp.mean(backend_of(maps).xp.mean(squares, axis=-1), axis=-2)
+    # A sum: torch's exporter names a mean's result as the output that a density's mean is.
+    xp = backend_of(maps).xp
+    return xp.sum(xp.sum(squares, axis=-1), axis=-2) / CHROMA_SIDE**2
 
 
 def repeated(maps: Array) -> Array:
@@ -160,11 +162,8 @@ class YCbCrNormal(_Parts, Density):
         self._layout = Layout(batch, image_shape)
         self._luma = luma._expand(Layout(batch, luma.image_shape))
         self._chroma = chroma._expand(Layout(batch, chroma.image_shape))
-        self._mean = self.mean
+        self._mean = backend.xp.broadcast_to(given, batch + image_shape)
         self._mean_rows = self._mean.reshape(-1, self._layout.pixels)
-        self._variance_rows = backend.xp.minimum(
-            backend.xp.min(self._luma._variance_rows), backend.xp.min(self._chroma._variance_rows)
-        ).reshape(1, 1)
 
     @property
     def luma(self) -> SparsePrecisionNormal:
@@ -186,7 +185,7 @@ class YCbCrNormal(_Parts, Density):
     def parameters(self) -> dict[str, Array]:
         """{"mean": in RGB, "filters", "variance", "chroma_variance"}; YCbCrNormal(**parameters) is the same density."""
         return {
-            "mean": self.mean,
+            "mean": self._mean,
             "filters": self._luma.filters,
             "variance": self._luma.variance,
             "chroma_variance": self._chroma.variance,
@@ -233,6 +232,12 @@ class YCbCrNormal(_Parts, Density):
             InvalidArgument: also if the mask fixes some channels of a pixel and not others.
         """
         return ConditionalYCbCrNormal(self, mask, pixels, softness)
+
+    @property
+    def _variance_rows(self) -> Array:
+        """The least variance, which is all that is asked of it. shape: (1, 1)"""
+        least = [self._backend.xp.min(part._variance_rows).reshape(1, 1) for part in (self._luma, self._chroma)]
+        return self._backend.xp.minimum(*least)
 
     @cached
     def _logdet(self) -> Array:
