@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -41,16 +42,18 @@ class TracedBackend(TorchBackend):
     def _by_rows(self, factor: Tensor, scale: Tensor) -> bool:
         return False
 
+    def __init__(self) -> None:
+        # A tensor made within a loop's body is not exported: what one needs is made before it, and kept.
+        self._places: dict[object, Tensor] = {}
+
     def shifted(self, images: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
         """One gather, where slices are a handful of nodes each."""
-        count, shape = images.shape[-4], tuple(images.shape[-3:])
-        places = np.arange(count * prod(shape)).reshape(count, *shape)
-        nowhere = np.full((len(offsets), *shape), count * prod(shape))
-        for k, (below, right) in enumerate(offsets):
-            (to_rows, from_rows), (to_columns, from_columns) = overlap(below, shape[1]), overlap(right, shape[2])
-            nowhere[k, :, to_rows, to_columns] = places[k % count, :, from_rows, from_columns]
+        shape = tuple(images.shape[-4:])
+        key = (shape, tuple(offsets))
+        if key not in self._places:
+            self._places[key] = torch.from_numpy(_shifted_places(shape, offsets))
         flat = torch.nn.functional.pad(images.flatten(-4), (0, 1))
-        found = flat.index_select(-1, torch.from_numpy(nowhere.reshape(-1)))
+        found = flat.index_select(-1, self._places[key])
         return found.reshape(*images.shape[:-4], len(offsets), -1)
 
     def substitute(self, coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
@@ -103,6 +106,19 @@ class TracedBackend(TorchBackend):
 
     def factorise(self, matrices: Tensor, limit: float) -> Factorisation | None:
         return Elimination(matrices)
+
+
+def _shifted_places(shape: tuple[int, ...], offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Where in flattened images (K or 1, C, H, W) `Backend.shifted` finds its values; how many there are for none.
+
+    shape: (K·C·H·W,)
+    """
+    places = np.arange(prod(shape)).reshape(shape)
+    found = np.full((len(offsets), *shape[1:]), prod(shape))
+    for k, (below, right) in enumerate(offsets):
+        (to_rows, from_rows), (to_columns, from_columns) = overlap(below, shape[2]), overlap(right, shape[3])
+        found[k, :, to_rows, to_columns] = places[k % shape[0], :, from_rows, from_columns]
+    return found.reshape(-1)
 
 
 def _by_front(rows: Tensor, order: Tensor, front_count: int) -> Tensor:

@@ -35,9 +35,12 @@ class Operations(torch.nn.Module):
     def forward(self, mean, factor, x, mask, seeds):
         variance = VARIANCE * (1 + mean.square()) if self.full_variance else VARIANCE
         factor = factor if self.shared is None else self.shared
-        parameters = (
-            {"factor": factor, "variance": variance} if self.kind == "low-rank-normal" else {"variance": variance}
-        )
+        parameters = {"variance": variance}
+        if self.kind in ("low-rank-normal", "hybrid-normal"):
+            parameters["factor"] = factor
+        if self.kind in ("sparse-precision-normal", "hybrid-normal"):
+            # Four of the factor's numbers for each pixel: filters that differ from row to row.
+            parameters["filters"] = 0.5 * torch.cat([factor, mean[:, None]], 1)[:, None]
         density = covae_core.densities.DENSITIES[self.kind](mean=mean, **parameters)
         edit = density.condition(mask, x)
         many = density.sample_many(seeds, 2)
@@ -54,7 +57,7 @@ def inputs(batch, rank=RANK):
 def export(module, path, arrays):
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     axis = torch.export.Dim("batch")
-    with using_backend("torch", TracedBackend()):
+    with torch.no_grad(), using_backend("torch", TracedBackend()):
         program = torch.onnx.export(
             module.eval(),
             kwargs=tensors,
@@ -71,6 +74,8 @@ VARIANTS = {
     "low-rank, shared factor": ("low-rank-normal", True, False),
     "low-rank, full variance": ("low-rank-normal", False, True),
     "diagonal": ("diagonal-normal", False, False),
+    "sparse precision": ("sparse-precision-normal", False, True),
+    "hybrid": ("hybrid-normal", False, True),
 }
 
 
