@@ -84,7 +84,8 @@ def report(
         str,
         typer.Argument(
             help="honest: bounds, calibration and coherence of sos-vae and beta-vae; spatial: Tables 1 and 2 of the "
-            "Spatial VAE paper; where: surprise maps of odd images and defects; no-network: SOS-VAE 4.5"
+            "Spatial VAE paper; structured: low rank, sparse precision and both; "
+            "where: surprise maps of odd images and defects; no-network: SOS-VAE 4.5"
         ),
     ],
     data: Annotated[str, typer.Option(help="as `covae train --data`")] = "mnist",

@@ -95,6 +95,18 @@ WHERE_COLUMNS = {
     )
     for kind in ("whitened", "each pixel alone", "difference")
 }
+STRUCTURED_COLUMNS = {
+    "log-likelihood bound, K = 100": "bound, K = 100, nats",
+    "its deviation over images": "its deviation over images",
+    "KL": "KL, nats",
+    "white": "white",
+    "lag-1 of whitened residuals": "whitened residuals' lag-1",
+    "lag-1 autocorrelation": "samples' lag-1",
+    "lag-1 of held-out residuals": "residuals' lag-1",
+    "RMSE of the decoded mean": "RMSE",
+    "seconds per epoch": "seconds per epoch",
+}
+STRUCTURED = ("vae", "beta-vae", "supn", "structured-vae", "sos-vae", "hybrid-vae")
 BEST = (Arm("sos-vae", "sos-vae", {}, {}), Arm("beta-vae", "beta-vae", {}, {}))
 REPORTS: dict[str, Callable[[], Report]] = {
     "spatial": lambda: Report(
@@ -116,10 +128,19 @@ REPORTS: dict[str, Callable[[], Report]] = {
     ),
     "where": lambda: Report(
         "Where is an image odd: surprise maps, whitened by the density and each pixel alone",
-        BEST,
+        [*BEST, Arm("structured-vae", "structured-vae", {}, {}), Arm("hybrid-vae", "hybrid-vae", {}, {})],
         ("spots", "defects"),
         WHERE_COLUMNS,
-        [("sos-vae", "beta-vae")],
+        [(family, "beta-vae") for family in ("sos-vae", "structured-vae", "hybrid-vae")]
+        + [("structured-vae", "sos-vae"), ("hybrid-vae", "structured-vae")],
+    ),
+    "structured": lambda: Report(
+        "Structured residuals: low rank, sparse precision, and both, beside independent pixels",
+        [Arm(name, name, {}, {}) for name in STRUCTURED],
+        ("bound", "calibration", "coherence", "reconstruction", "training-time"),
+        STRUCTURED_COLUMNS,
+        [("hybrid-vae", other) for other in ("sos-vae", "structured-vae", "beta-vae")]
+        + [("structured-vae", "beta-vae"), ("supn", "beta-vae"), ("sos-vae", "beta-vae")],
     ),
     "no-network": lambda: Report(
         "SOS-VAE section 4.5: the density without a network",

@@ -56,17 +56,18 @@ class TracedBackend(TorchBackend):
         found = flat.index_select(-1, self._places[key])
         return found.reshape(*images.shape[:-4], len(offsets), -1)
 
-    def substitute(self, coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
+    def arranged(self, coefficients: Tensor, fronts: Wavefronts) -> Tensor:
+        return _by_front(coefficients, fronts)  # shape: (F, B, K, J)
+
+    def substitute(self, arranged: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
         """One Scan over the fronts, whose state are those that the next one needs, the nearest first."""
         front_count, slots = fronts.place.shape
         count, batch, _ = rows.shape
-        order = torch.from_numpy(fronts.place[::-1].reshape(-1).copy())
         back = torch.from_numpy((front_count - 1 - fronts.slot // slots) * slots + fronts.slot % slots)
         indices = torch.from_numpy(fronts.neighbours[np.arange(front_count)[::-1] % len(fronts.neighbours)])
         near = indices.reshape(front_count, -1)
-        neighbours = coefficients.shape[1]
-        filters = _by_front(coefficients, order, front_count)  # shape: (F, B, K, J)
-        values = _by_front(rows, order, front_count)  # shape: (F, N, B, J)
+        neighbours = arranged.shape[2]
+        values = _by_front(rows, fronts)  # shape: (F, N, B, J)
         kept = (fronts.depth - 1) * fronts.width
 
         def step(state: Tensor, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,7 @@ class TracedBackend(TorchBackend):
             return torch.cat([border, solved, border, state[..., :kept]], -1), solved.clone()
 
         state = rows.new_zeros(count, 1, fronts.depth * fronts.width).expand(-1, batch, -1).clone()
-        solved: Tensor = scan(step, state, (filters, values, near))[1]
+        solved: Tensor = scan(step, state, (arranged, values, near))[1]
         return solved.permute(1, 2, 0, 3).reshape(count, batch, -1).index_select(-1, back)
 
     def implicit(self, value: Tensor, residual: Any, adjoint: Any) -> Tensor:
@@ -121,10 +122,11 @@ def _shifted_places(shape: tuple[int, ...], offsets: Sequence[tuple[int, int]]) 
     return found.reshape(-1)
 
 
-def _by_front(rows: Tensor, order: Tensor, front_count: int) -> Tensor:
+def _by_front(rows: Tensor, fronts: Wavefronts) -> Tensor:
     """Pixels in the order of the fronts, a zero where a slot has none. shape: (X, Y, n) → (F, X, Y, J)"""
+    order = torch.from_numpy(fronts.place[::-1].reshape(-1).copy())
     ordered = torch.nn.functional.pad(rows, (0, 1)).index_select(-1, order)
-    return ordered.reshape(*rows.shape[:-1], front_count, -1).permute(2, 0, 1, 3)
+    return ordered.reshape(*rows.shape[:-1], len(fronts.place), -1).permute(2, 0, 1, 3)
 
 
 class Elimination:

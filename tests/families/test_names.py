@@ -13,9 +13,20 @@ ROOT = Path(__file__).parents[2]
 FLOORS = ("clients/src/covae_core", "clients/src/covae_client", "train/covae_train", "export", "serving")
 # Families, and what several of them are made of: these may name options.
 THEIRS = ("train/covae_train/families/", "train/covae_train/networks/")
-SHARED = {"train/covae_train/mean_first.py", "train/covae_train/fitted_normal.py"}
+SHARED = {f"train/covae_train/{name}.py" for name in ("mean_first", "structured", "factor", "fitted_normal")}
 # Words that densities, heads, losses, constraints, surprise and PIL have in common with some options.
-COMMON_WORDS = {"variance", "rank", "damping", "fit", "floor", "objective", "maps"}
+COMMON_WORDS = {
+    "variance",
+    "rank",
+    "damping",
+    "fit",
+    "floor",
+    "objective",
+    "maps",
+    "colour",
+    "dilations",
+    "neighbourhood",
+}
 DENSITY_KINDS = {"low-rank-normal"}
 
 

@@ -49,9 +49,9 @@ def test_a_fitted_spread_has_whitened_residuals_of_square_one_and_is_likelier(ru
     run = load_run(run_folder)
     _, unseen = unseen_images(aside, 128)
     fitted, others = unseen[:100], unseen[100:]
-    before = whitened(run, others, 0)[0].mean()
+    before = whitened(run, others, 0).squares.mean()
     calibrate_model(run.model, unseen, "digits", run.digest)
-    at_fit, after = whitened(run, fitted, 0)[0].mean(), whitened(run, others, 0)[0].mean()
+    at_fit, after = whitened(run, fitted, 0).squares.mean(), whitened(run, others, 0).squares.mean()
     assert at_fit == pytest.approx(1, abs=0.2)  # 100 images, one draw of the latent each
     assert abs(after.log()) <= abs(before.log()) + 0.2
     assert 0.6 < after < 1.7
@@ -166,5 +166,5 @@ def test_a_running_mean_holds_the_expectation_and_not_the_batchs_square():
 
 def test_the_kl_is_held_at_its_target_by_the_likelihood_too(run_folder, aside):
     run = load_run(run_folder)
-    kl = float(whitened(run, aside.train, 0)[3].mean())
+    kl = float(whitened(run, aside.train, 0).kl.mean())
     assert 1 < kl < 9  # 32 steps from nothing, target 4: neither collapsed nor free

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from covae_core.backends import Factorisation, cached, register_backend
 from covae_core.noise import MODULI, Stream, jump_multipliers, stream_states
-from covae_core.numpy_backend import GATHERED_SHARE, substitute, whitening
+from covae_core.numpy_backend import GATHERED_SHARE, arranged, substitute, whitening
 
 if TYPE_CHECKING:
     from covae_core.densities.neighbourhood import Wavefronts
@@ -104,10 +104,16 @@ class TorchBackend:
         return torch.stack(moved, dim=-4).flatten(-3)
 
     @torch.no_grad()
-    def substitute(self, coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
+    def arranged(self, coefficients: Tensor, fronts: Wavefronts) -> Tensor:
+        if coefficients.device.type == "cpu":
+            return torch.from_numpy(arranged(coefficients.numpy(force=True), fronts))
+        return _arranged(coefficients, fronts)
+
+    @torch.no_grad()
+    def substitute(self, arranged: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
         if rows.device.type == "cpu":
-            return torch.from_numpy(substitute(coefficients.numpy(force=True), rows.numpy(force=True), fronts))
-        return _substitute(coefficients, rows, fronts)
+            return torch.from_numpy(substitute(arranged.numpy(), rows.numpy(force=True), fronts))
+        return _substitute(arranged, rows, fronts)
 
     def implicit(
         self, value: Tensor, residual: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
@@ -191,14 +197,19 @@ class TorchFactorisation:
         return torch.cholesky_solve(vectors.permute(1, 2, 0), self._cholesky).permute(2, 0, 1)
 
 
-def _substitute(coefficients: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
+def _arranged(coefficients: Tensor, fronts: Wavefronts) -> Tensor:
+    """As `covae_core.numpy_backend.arranged`, on any device."""
+    place = torch.from_numpy(fronts.place).to(coefficients.device)
+    return torch.nn.functional.pad(coefficients.permute(2, 1, 0), (0, 0, 0, 0, 0, 1))[place]
+
+
+def _substitute(filters: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
     """As `covae_core.numpy_backend.substitute`, on any device."""
     place, slot, neighbours = (
         torch.from_numpy(table).to(rows.device) for table in (fronts.place, fronts.slot, fronts.neighbours)
     )
     front_count, slots = fronts.place.shape
     count, batch, _ = rows.shape
-    filters = torch.nn.functional.pad(coefficients.permute(2, 1, 0), (0, 0, 0, 0, 0, 1))[place]
     values = torch.nn.functional.pad(rows.permute(2, 0, 1), (0, 0, 0, 0, 0, 1))[place]
     solved = rows.new_zeros(front_count + fronts.depth, fronts.width, count, batch)
     flat, indices = solved.flatten(0, 1), neighbours.transpose(1, 2)

@@ -198,7 +198,7 @@ def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour
         SummaryRow(
             "lag-1 autocorrelation of sample − mean",
             [f"{lag1_autocorrelation(run):z.2f}" for run in runs],
-            f"{lag1(found[0][2]):.2f}",
+            f"{lag1(found[0].residuals):.2f}",
             "How alike neighbouring pixels deviate from the mean: 0 is independent noise. Beside it, how held-out "
             "images deviate from their decoded means.",
         ),
@@ -210,7 +210,7 @@ def _summary(runs: Sequence[TrainedRun], images: ImageData, tours: Sequence[Tour
         ),
         SummaryRow(
             "mean squared whitened residual",
-            [f"{float(squares.mean()):.2f}" for squares, *_ in found],
+            [f"{float(item.squares.mean()):.2f}" for item in found],
             "1",
             "Of held-out images under the density that scores: 1 where the uncertainty it claims is true.",
         ),

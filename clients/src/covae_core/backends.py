@@ -97,10 +97,13 @@ class Backend(Protocol):
         """Of image k each pixel takes the value `offsets[k]` = (rows below, columns to the right) of it, 0 beyond the
         border. shape: (…, K or 1, C, H, W) → (…, K, C·H·W)"""
 
-    def substitute(self, coefficients: Array, rows: Array, fronts: Wavefronts) -> Array:
+    def arranged(self, coefficients: Array, fronts: Wavefronts) -> Array:
+        """Coefficients a, (B or 1, K, n) at neighbours in the order of `fronts`, as `substitute` wants them."""
+
+    def substitute(self, arranged: Array, rows: Array, fronts: Wavefronts) -> Array:
         """y with y_k + Σ_j a_kj y_mj = v_k, front by front; no gradients.
 
-        coefficients: a, (B or 1, K, n) at neighbours in the order of `fronts`; rows: v, (N, B, n); returns that shape
+        arranged: a, as `arranged` gives them; rows: v, (N, B, n); returns that shape
         """
 
     def implicit(self, value: Array, residual: Callable[[Array], Array], adjoint: Callable[[Array], Array]) -> Array:

@@ -96,8 +96,11 @@ class NumpyBackend:
                 found[..., k, :, to_rows, to_columns] = images[..., k % images.shape[-4], :, from_rows, from_columns]
         return found.reshape(*found.shape[:-3], -1)
 
-    def substitute(self, coefficients: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
-        return substitute(coefficients, rows, fronts)
+    def arranged(self, coefficients: Floats, fronts: Wavefronts) -> Floats:
+        return arranged(coefficients, fronts)
+
+    def substitute(self, arranged: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
+        return substitute(arranged, rows, fronts)
 
     def implicit(self, value: Floats, residual: Any, adjoint: Any) -> Floats:
         return value
@@ -200,18 +203,23 @@ def overlap(offset: int, size: int) -> tuple[slice, slice]:
     return slice(max(-offset, 0), size - max(offset, 0)), slice(max(offset, 0), size - max(-offset, 0))
 
 
-def substitute(coefficients: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
-    """As Backend.substitute. A front's slots lie together, each with its rows side by side, as do its filters."""
-    shared, neighbours, pixels = coefficients.shape
-    count, batch, _ = rows.shape
+def arranged(coefficients: Floats, fronts: Wavefronts) -> Floats:
+    """As Backend.arranged: a front's slots lie together, each with its neighbours, each with its rows. (F, J, K, B)"""
+    # The pixel behind the last is none, and 0.
+    filters = np.zeros((coefficients.shape[2] + 1, coefficients.shape[1], coefficients.shape[0]), coefficients.dtype)
+    filters[:-1] = coefficients.transpose(2, 1, 0)
+    return filters[fronts.place]
+
+
+def substitute(filters: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
+    """As Backend.substitute."""
+    neighbours, shared = filters.shape[2:]
+    count, batch, pixels = rows.shape
     front_count, slots = fronts.place.shape
     start, behind = fronts.margin, fronts.depth * fronts.width
-    # The pixel behind the last is none, and 0.
-    filters = np.zeros((pixels + 1, neighbours, shared), rows.dtype)
-    filters[:-1] = coefficients.transpose(2, 1, 0)
     values = np.zeros((pixels + 1, count, batch), rows.dtype)
     values[:-1] = rows.transpose(2, 0, 1)
-    filters, values = filters[fronts.place], values[fronts.place]
+    values = values[fronts.place]
     solved = np.zeros((front_count + fronts.depth, fronts.width, count, batch), rows.dtype)
     flat = solved.reshape(-1, count, batch)
     indices = fronts.neighbours.transpose(0, 2, 1)

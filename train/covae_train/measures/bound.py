@@ -48,7 +48,8 @@ def measured(run: TrainedRun, data: ImageData, settings: Settings) -> tuple[Tens
         raise InvalidArgument(f"{run.run_id}: found {len(images)} held-out image(s); expected 2 or more")
     bounds, elbos = importance_bounds(run, images, settings.samples, settings.seed, settings.on_image)
     heading = f"log-likelihood bound, K = {settings.samples}" if run.model.latents else "log-likelihood"
-    return bounds, {heading: mean_of(bounds, 1)} | ({"ELBO": mean_of(elbos, 1)} if run.model.latents else {})
+    figures = {heading: mean_of(bounds, 1), "its deviation over images": Estimate(float(bounds.std()), None, 1)}
+    return bounds, figures | ({"ELBO": mean_of(elbos, 1)} if run.model.latents else {})
 
 
 def compare(first: Tensor, second: Tensor) -> dict[str, Estimate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +19,25 @@ from covae_train.run import TrainedRun
 BATCH = 100
 
 
+class Whitened(NamedTuple):
+    """Of N images: the mean squares of their whitened residuals, (N,); those along the principal directions of the
+    whitened factor, (N,), NaN without one; residuals x − μ, and whitened ones, (N, C, H, W); the KL, (N,)."""
+
+    squares: Tensor
+    along: Tensor
+    residuals: Tensor
+    white: Tensor
+    kl: Tensor
+
+
 @torch.no_grad()
-def whitened(run: TrainedRun, images: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def whitened(run: TrainedRun, images: Tensor, seed: int) -> Whitened:
     """Of images at one draw each from their posteriors, under the density to score with, in float64.
 
-    images: (N, C, H, W) uint8. Returns the mean squares of the whitened residuals, (N,), those along the principal
-    directions of the whitened factor, (N,), NaN without one, the residuals x − μ, (N, C, H, W), and the KL, (N,).
+    images: (N, C, H, W) uint8
     """
     random = torch.Generator().manual_seed(seed)
-    squares, along, residuals, kls = [], [], [], []
+    squares, along, residuals, kls, whites = [], [], [], [], []
     for batch in torch.split(images, BATCH):
         pixels = batch.float() / 255
         latents: dict[str, Tensor] = {}
@@ -37,10 +48,11 @@ def whitened(run: TrainedRun, images: Tensor, seed: int) -> tuple[Tensor, Tensor
         assert isinstance(density, Whitening)
         white = density.whiten(pixels.double())
         squares.append(white.square().sum((1, 2, 3)) / density.degrees)
+        whites.append(white)
         along.append(_along_factor(density, white))
         residuals.append(pixels.double() - density.mean)
         kls.append(kl.double())
-    return torch.cat(squares), torch.cat(along), torch.cat(residuals), torch.cat(kls)
+    return Whitened(*(torch.cat(part) for part in (squares, along, residuals, whites, kls)))
 
 
 def _along_factor(density: Whitening, white: Tensor) -> Tensor:
@@ -54,11 +66,15 @@ def _along_factor(density: Whitening, white: Tensor) -> Tensor:
 
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
     """Of the first held-out images."""
-    squares, along, residuals, kls = whitened(run, data.held_out[: settings.images], settings.seed)
-    figures = {"white": mean_of(squares), "lag-1 of held-out residuals": Estimate(lag1(residuals))}
-    if not along.isnan().any():
-        figures["white along the factor"] = mean_of(along)
-    return figures | ({"KL": mean_of(kls, 2)} if run.model.latents else {})
+    found = whitened(run, data.held_out[: settings.images], settings.seed)
+    figures = {
+        "white": mean_of(found.squares),
+        "lag-1 of held-out residuals": Estimate(lag1(found.residuals)),
+        "lag-1 of whitened residuals": Estimate(lag1(found.white)),
+    }
+    if not found.along.isnan().any():
+        figures["white along the factor"] = mean_of(found.along)
+    return figures | ({"KL": mean_of(found.kl, 2)} if run.model.latents else {})
 
 
 register(

@@ -133,6 +133,17 @@ class HybridNormal(Factored):
         factor = self._backend.xp.astype(self._white_factor, rows.dtype, copy=False)
         return self._cholesky.whiten_transposed(white - times(self._backend, noise, factor))
 
+    def _to_noise(self, rows: Array) -> Array:
+        """Gᵀ v, with Σ = G Gᵀ and G = (L⁻ᵀ, P). shape: (N, B, S) → (N, B, S + R)"""
+        along = times_transposed(self._backend, rows, self._factor_rows)
+        return self._backend.xp.concat([self._cholesky.color_transposed(rows), along], axis=-1)
+
+    def _from_noise(self, noise: Array) -> Array:
+        """G ε. shape: (N, B, S + R) → (N, B, S)"""
+        pixels = self._layout.pixels
+        near = self._cholesky.color(noise[..., :pixels])
+        return near + times(self._backend, noise[..., pixels:], self._factor_rows)
+
     @property
     def _precision_diagonal(self) -> Array:
         """Λ's diagonal, at least Σ⁻¹'s. shape: (B or 1, S)"""

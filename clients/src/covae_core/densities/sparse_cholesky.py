@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from covae_core.backends import Array, Backend
 from covae_core.densities.layout import Layout
-from covae_core.densities.neighbourhood import Neighbourhood, wavefronts
+from covae_core.densities.neighbourhood import Neighbourhood, Wavefronts, wavefronts
 
 
 class SparseCholesky:
@@ -24,6 +25,20 @@ class SparseCholesky:
         self._backend, self._layout = backend, layout
         self._filters, self._variance = filters, variance
         self._neighbourhood = neighbourhood
+        self._kept: dict[tuple[Any, bool], Array] = {}
+
+    def masked(self, scale: Array, on: Array) -> SparseCholesky:
+        """L with T L restricted to where T is not 0, and beside m on the diagonal: next to a factor of T Λ T + m.
+
+        T, m: (B or 1, S). With T = 1 − m it is the free pixels' rows and columns of L.
+        """
+        xp = self._backend.xp
+        own = scale * scale / self._variance
+        variance = 1 / (own + on)
+        shares = own * variance * xp.sqrt(variance / self._variance)
+        reached = self._shifted(scale[:, None], self._neighbourhood.offsets)
+        filters = self._filters * reached * shares[:, None]
+        return SparseCholesky(self._backend, filters, variance, self._neighbourhood, self._layout)
 
     def whiten(self, residual: Array) -> Array:
         """Lᵀ r. shape: (N, B, S)"""
@@ -31,7 +46,7 @@ class SparseCholesky:
 
     def color(self, noise: Array) -> Array:
         """L⁻ᵀ ε, of covariance Λ⁻¹. shape: (N, B, S)"""
-        return self._solve(self._filters_like(noise), noise * self._roots(noise))
+        return self._solve(noise * self._roots(noise))
 
     def whiten_transposed(self, rows: Array) -> Array:
         """L v. shape: (N, B, S)"""
@@ -39,7 +54,7 @@ class SparseCholesky:
 
     def color_transposed(self, rows: Array) -> Array:
         """L⁻¹ v. shape: (N, B, S)"""
-        return self._solve_transposed(self._filters_like(rows), rows) * self._roots(rows)
+        return self._solve_transposed(rows) * self._roots(rows)
 
     def precision(self, rows: Array) -> Array:
         """Λ v. shape: (N, B, S)"""
@@ -74,42 +89,46 @@ class SparseCholesky:
         xp = self._backend.xp
         return rows + xp.sum(self._shifted(filters * rows[:, :, None], self._neighbourhood.opposite), axis=-2)
 
-    def _solve(self, filters: Array, rows: Array) -> Array:
+    def _solve(self, rows: Array) -> Array:
         """(I + A)⁻¹ v"""
-        backend = self._backend
-        solved = self._substituted(filters, rows)
+        backend, filters = self._backend, self._filters_like(rows)
+        solved = self._substituted(self._arranged(filters, turned=False), rows)
         if not backend.recording():
             return solved
-        return backend.implicit(
-            solved,
-            lambda found: rows - self._combine(filters, found),
-            lambda gradient: self._solve_transposed(filters, gradient),
-        )
+        return backend.implicit(solved, lambda found: rows - self._combine(filters, found), self._solve_transposed)
 
-    def _solve_transposed(self, filters: Array, rows: Array) -> Array:
+    def _solve_transposed(self, rows: Array) -> Array:
         """(I + A)⁻ᵀ v. Read from the last pixel to the first, (I + A)ᵀ is a matrix of I + A's pattern."""
-        backend = self._backend
-        moved = self._shifted(filters, self._neighbourhood.opposite)
-        solved = self._turned(self._substituted(self._turned(moved), self._turned(rows)))
+        backend, filters = self._backend, self._filters_like(rows)
+        solved = self._turned(self._substituted(self._arranged(filters, turned=True), self._turned(rows)))
         if not backend.recording():
             return solved
-        return backend.implicit(
-            solved,
-            lambda found: rows - self._combine_transposed(filters, found),
-            lambda gradient: self._solve(filters, gradient),
-        )
+        return backend.implicit(solved, lambda found: rows - self._combine_transposed(filters, found), self._solve)
 
-    def _substituted(self, filters: Array, rows: Array) -> Array:
-        """(I + A)⁻¹ v without gradients; a channel is one more row."""
-        xp = self._backend.xp
-        channels, height, width = self._layout.image_shape
-        fronts = wavefronts(self._neighbourhood, height, width)
-        if channels == 1:
-            return self._backend.substitute(filters, rows, fronts)
+    def _arranged(self, filters: Array, *, turned: bool) -> Array:
+        """Filters as they are solved with, a channel as one more row; kept, as a density is solved with again."""
+        key = (filters.dtype, turned)
+        if key not in self._kept:
+            if turned:
+                filters = self._turned(self._shifted(filters, self._neighbourhood.opposite))
+            channels = self._layout.image_shape[0]
+            if channels > 1:
+                xp, batch = self._backend.xp, self._layout.rows
+                filters = xp.permute_dims(filters.reshape(*filters.shape[:-1], channels, -1), (0, 2, 1, 3))
+                filters = xp.broadcast_to(filters, (batch, *filters.shape[1:]))
+                filters = filters.reshape(batch * channels, *filters.shape[2:])
+            self._kept[key] = self._backend.arranged(filters, self._fronts)
+        return self._kept[key]
+
+    @property
+    def _fronts(self) -> Wavefronts:
+        return wavefronts(self._neighbourhood, *self._layout.image_shape[1:])
+
+    def _substituted(self, arranged: Array, rows: Array) -> Array:
+        """(I + A)⁻¹ v without gradients."""
         count, batch, _ = rows.shape
-        apart = xp.permute_dims(filters.reshape(*filters.shape[:-1], channels, -1), (0, 2, 1, 3))
-        apart = xp.broadcast_to(apart, (batch, *apart.shape[1:])).reshape(batch * channels, *apart.shape[2:])
-        return self._backend.substitute(apart, rows.reshape(count, batch * channels, -1), fronts).reshape(rows.shape)
+        apart = rows.reshape(count, batch * self._layout.image_shape[0], -1)
+        return self._backend.substitute(arranged, apart, self._fronts).reshape(rows.shape)
 
     def _turned(self, rows: Array) -> Array:
         """Each channel's pixels from the last to the first. shape: (…, S)"""

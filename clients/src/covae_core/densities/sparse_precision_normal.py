@@ -150,6 +150,14 @@ class SparsePrecisionNormal(Density):
         """Σ⁻¹ v. shape: (N, B, S)"""
         return self._cholesky.precision(rows)
 
+    def _to_noise(self, rows: Array) -> Array:
+        """Gᵀ v, with Σ = G Gᵀ and G = L⁻ᵀ. shape: (N, B, S)"""
+        return self._cholesky.color_transposed(rows)
+
+    def _from_noise(self, noise: Array) -> Array:
+        """G ε. shape: (N, B, S)"""
+        return self._cholesky.color(noise)
+
     @cached
     def _precision_diagonal(self) -> Array:
         """Λ's diagonal. shape: (B or 1, S)"""
