@@ -35,12 +35,12 @@ WEIGHTS, MANY_WEIGHTS = 10, 500
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def _untrained(
-    image_shape: tuple[int, int, int], weights: int, draws: int, objective: str
+def untrained(
+    image_shape: tuple[int, int, int], weights: int, draws: int, objective: str, family: str = FAMILY
 ) -> tuple[ImageModel, ModelSpec]:
     """A model of the paper's widths, whose time is a trained one's, and what it says of itself."""
     torch.manual_seed(0)
-    config = make_config(family=FAMILY, data="none", image_shape=image_shape, objective=objective)
+    config = make_config(family=family, data="none", image_shape=image_shape, objective=objective)
     model = build_model(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("factor.weight"):
@@ -48,7 +48,7 @@ def _untrained(
     return model, describe(TrainedRun(Path("none"), config, model, {}, ""), weights, draws)
 
 
-def _sessions(
+def sessions_of(
     model: ImageModel, spec: ModelSpec, names: Sequence[str], threads: int
 ) -> dict[str, onnxruntime.InferenceSession]:
     options = onnxruntime.SessionOptions()
@@ -62,13 +62,13 @@ def _sessions(
     return sessions
 
 
-def _feeds(spec: ModelSpec, name: str, batch: int) -> Feeds:
+def feeds_of(spec: ModelSpec, name: str, batch: int) -> Feeds:
     tensors = example_inputs(spec, OPERATIONS[name], batch)
     names = [tensor.name for tensor in OPERATIONS[name].inputs(spec)]
     return {key: value.numpy() for key, value in zip(names, tensors, strict=True)}
 
 
-def _call(*parts: tuple[onnxruntime.InferenceSession, Feeds]) -> Callable[[], None]:
+def call_of(*parts: tuple[onnxruntime.InferenceSession, Feeds]) -> Callable[[], None]:
     """Runs sessions with what they are fed, one after another."""
 
     def call() -> None:
@@ -78,7 +78,7 @@ def _call(*parts: tuple[onnxruntime.InferenceSession, Feeds]) -> Callable[[], No
     return call
 
 
-def _interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, NDArray[np.float64]]:
+def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, NDArray[np.float64]]:
     """Seconds of each call, one after another, again and again; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -92,15 +92,15 @@ def _interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dic
 
 def run_draw(repeats: int, draws: int, batches: Sequence[int], threads: int) -> list[tuple[int, float, float, float]]:
     """Print, and return for each batch, the medians of `sample` and `draw` in ms, and of the ratio of neighbours."""
-    model, spec = _untrained(COLOUR, 1, draws, "paper")
-    sessions = _sessions(model, spec, ("sample", "draw"), threads)
+    model, spec = untrained(COLOUR, 1, draws, "paper")
+    sessions = sessions_of(model, spec, ("sample", "draw"), threads)
     rows = []
     for batch in batches:
-        calls = {name: _call((sessions[name], _feeds(spec, name, batch))) for name in sessions}
-        seconds = _interleaved(calls, repeats)
+        calls = {name: call_of((sessions[name], feeds_of(spec, name, batch))) for name in sessions}
+        seconds = interleaved(calls, repeats)
         ratio = float(np.median(seconds["draw"] / seconds["sample"]))
         rows.append((batch, 1e3 * median(seconds["sample"]), 1e3 * median(seconds["draw"]), ratio))
-    _print(f"n = {repeats}", ("batch", "sample, ms", f"{draws} draws, ms"), rows, [DRAW_BOUND] * len(rows))
+    show_ratios(f"n = {repeats}", ("batch", "sample, ms", f"{draws} draws, ms"), rows, [DRAW_BOUND] * len(rows))
     return rows
 
 
@@ -110,25 +110,25 @@ def run_score(repeats: int, threads: int) -> list[tuple[int, float, float, float
     """
     rows = []
     for weights, per_call in ((WEIGHTS, WEIGHTS), (MANY_WEIGHTS, default_score_samples(GREY))):
-        model, spec = _untrained(GREY, per_call, 1, "likelihood")
-        sessions = _sessions(model, spec, ("score", "encode", "decode"), threads)
+        model, spec = untrained(GREY, per_call, 1, "likelihood")
+        sessions = sessions_of(model, spec, ("score", "encode", "decode"), threads)
         count = -(-weights // per_call)
-        score, encode = ((sessions[name], _feeds(spec, name, 1)) for name in ("score", "encode"))
-        decode = (sessions["decode"], _feeds(spec, "decode", per_call))
-        calls = {"score": _call(*[score] * count), "network": _call(encode, *[decode] * count)}
-        seconds = _interleaved(calls, max(3, repeats * WEIGHTS // weights))
+        score, encode = ((sessions[name], feeds_of(spec, name, 1)) for name in ("score", "encode"))
+        decode = (sessions["decode"], feeds_of(spec, "decode", per_call))
+        calls = {"score": call_of(*[score] * count), "network": call_of(encode, *[decode] * count)}
+        seconds = interleaved(calls, max(3, repeats * WEIGHTS // weights))
         ratio = float(np.median(seconds["score"] / seconds["network"]))
         rows.append((weights, 1e3 * median(seconds["score"]), 1e3 * median(seconds["network"]), ratio))
     title = f"the paper's widths, grey 64×64; n = {repeats}, and {max(3, repeats * WEIGHTS // MANY_WEIGHTS)}"
     heads = ("weights", "score, ms", "one encode, as many decodes, ms")
-    _print(title, heads, rows, [SCORE_BOUND, 1 / THROUGHPUT_BOUND])
+    show_ratios(title, heads, rows, [SCORE_BOUND, 1 / THROUGHPUT_BOUND])
     return rows
 
 
-def _print(
-    title: str, heads: Sequence[str], rows: Sequence[tuple[int, float, float, float]], bounds: Sequence[float]
+def show_ratios(
+    title: str, heads: Sequence[str], rows: Sequence[tuple[object, float, float, float]], bounds: Sequence[float]
 ) -> None:
-    """Counts, two times and their ratios as a table, each ratio beside what it may be."""
+    """Counts or names, two times and their ratios as a table, each ratio beside what it may be."""
     table = Table(*heads, "ratio", "bound", "holds", title=title)
     for (count, first, second, ratio), bound in zip(rows, bounds, strict=True):
         holds = "[green]yes[/]" if ratio <= bound else "[red]no[/]"

@@ -67,6 +67,18 @@ def bench_draw(
     run_draw(repeats, draws, batch or [1, 16], threads)
 
 
+@bench.command("structured")
+def bench_structured(
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each figure")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+) -> None:
+    """Time sparse precisions: samples beside scipy's solver, edits, training steps, graphs beside the decoder."""
+    use_threads(threads)
+    from covae_apps.bench_structured import run_structured
+
+    run_structured(repeats, threads)
+
+
 @bench.command("score")
 def bench_score(
     repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of ten weights")] = 30,
