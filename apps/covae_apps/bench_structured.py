@@ -35,7 +35,8 @@ def run_structured(repeats: int, threads: int) -> list[Row]:
         for name, ours, theirs, bound in cases(threads):
             seconds = interleaved({"ours": ours, "theirs": theirs}, repeats)
             ratio = float(np.median(seconds["ours"] / seconds["theirs"]))
-            rows.append((name, *(1e3 * float(np.median(seconds[key])) for key in ("ours", "theirs")), ratio))
+            first, second = (1e3 * float(np.median(seconds[key])) for key in ("ours", "theirs"))
+            rows.append((name, first, second, ratio))
             bounds.append(bound)
     title = f"{SIDE}×{SIDE} grey, n_f = {NEIGHBOURHOOD}; n = {repeats}"
     show_ratios(title, ("", "ours, ms", "beside, ms"), rows, bounds)

@@ -200,7 +200,7 @@ class TorchFactorisation:
 def _arranged(coefficients: Tensor, fronts: Wavefronts) -> Tensor:
     """As `covae_core.numpy_backend.arranged`, on any device."""
     place = torch.from_numpy(fronts.place).to(coefficients.device)
-    return torch.nn.functional.pad(coefficients.permute(2, 1, 0), (0, 0, 0, 0, 0, 1))[place]
+    return torch.nn.functional.pad(coefficients, (0, 1))[..., place]
 
 
 def _substitute(filters: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
@@ -216,7 +216,7 @@ def _substitute(filters: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
     for front in range(front_count - 1, -1, -1):
         first = (front + 1) * fronts.width
         near = flat[first : first + fronts.depth * fronts.width][indices[front % len(indices)]]
-        total = (near * filters[front][:, :, None]).sum(1)
+        total = (near * filters[:, :, front].permute(2, 1, 0)[:, :, None]).sum(1)
         solved[front, fronts.margin : fronts.margin + slots] = values[front] - total
     found = solved[:front_count, fronts.margin : fronts.margin + slots].flatten(0, 1)[slot]
     return found.permute(1, 2, 0).contiguous()

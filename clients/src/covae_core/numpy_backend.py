@@ -204,16 +204,16 @@ def overlap(offset: int, size: int) -> tuple[slice, slice]:
 
 
 def arranged(coefficients: Floats, fronts: Wavefronts) -> Floats:
-    """As Backend.arranged: a front's slots lie together, each with its neighbours, each with its rows. (F, J, K, B)"""
-    # The pixel behind the last is none, and 0.
-    filters = np.zeros((coefficients.shape[2] + 1, coefficients.shape[1], coefficients.shape[0]), coefficients.dtype)
-    filters[:-1] = coefficients.transpose(2, 1, 0)
-    return filters[fronts.place]
+    """As Backend.arranged: pixels in the order of the fronts, a zero where a slot has none. shape: (B, K, F, J)"""
+    rows = coefficients.reshape(-1, coefficients.shape[-1])
+    padded = np.concatenate([rows, np.zeros((len(rows), 1), rows.dtype)], axis=1)
+    ordered: Floats = padded.take(fronts.place.reshape(-1), axis=1)
+    return ordered.reshape(*coefficients.shape[:2], *fronts.place.shape)
 
 
 def substitute(filters: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
-    """As Backend.substitute."""
-    neighbours, shared = filters.shape[2:]
+    """As Backend.substitute. A front's slots lie together, each with its rows side by side."""
+    shared, neighbours = filters.shape[:2]
     count, batch, pixels = rows.shape
     front_count, slots = fronts.place.shape
     start, behind = fronts.margin, fronts.depth * fronts.width
@@ -228,9 +228,9 @@ def substitute(filters: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
         first = (front + 1) * fronts.width
         np.take(flat[first : first + behind], indices[front % len(indices)], axis=0, out=near, mode="clip")
         if shared == batch:
-            total = np.einsum("jknb,jkb->jnb", near, filters[front])
+            total = np.einsum("jknb,bkj->jnb", near, filters[:, :, front])
         else:
-            total = np.einsum("jknb,jk->jnb", near, filters[front][..., 0])
+            total = np.einsum("jknb,kj->jnb", near, filters[0, :, front])
         np.subtract(values[front], total, out=solved[front, start : start + slots])
     found = solved[:front_count, start : start + slots].reshape(-1, count, batch)[fronts.slot]
     return np.ascontiguousarray(found.transpose(1, 2, 0))
