@@ -56,8 +56,16 @@ class TracedBackend(TorchBackend):
         found = flat.index_select(-1, self._places[key])
         return found.reshape(*images.shape[:-4], len(offsets), -1)
 
+    def filtered(self, filters: Tensor, images: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
+        return _total(filters * self.shifted(images[:, :, None], offsets))
+
+    def scattered(self, filters: Tensor, images: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
+        products = filters * images.flatten(-3)[:, :, None]
+        back = [(-below, -right) for below, right in offsets]
+        return _total(self.shifted(products.reshape(*products.shape[:3], *images.shape[-3:]), back))
+
     def arranged(self, coefficients: Tensor, fronts: Wavefronts) -> Tensor:
-        return _by_front(coefficients, fronts)  # shape: (F, B, K, J)
+        return _by_front(coefficients, fronts).transpose(-1, -2)  # shape: (F, B, J, K)
 
     def substitute(self, arranged: Tensor, rows: Tensor, fronts: Wavefronts) -> Tensor:
         """One Scan over the fronts, whose state are those that the next one needs, the nearest first."""
@@ -65,15 +73,15 @@ class TracedBackend(TorchBackend):
         count, batch, _ = rows.shape
         back = torch.from_numpy((front_count - 1 - fronts.slot // slots) * slots + fronts.slot % slots)
         indices = torch.from_numpy(fronts.neighbours[np.arange(front_count)[::-1] % len(fronts.neighbours)])
-        near = indices.reshape(front_count, -1)
-        neighbours = arranged.shape[2]
+        near = indices.transpose(1, 2).reshape(front_count, -1)
+        neighbours = arranged.shape[3]
         values = _by_front(rows, fronts)  # shape: (F, N, B, J)
         kept = (fronts.depth - 1) * fronts.width
 
         def step(state: Tensor, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             weights, value, places = inputs
-            found = state.index_select(-1, places).reshape(count, -1, neighbours, slots)
-            solved = value - (weights * found).sum(2)
+            found = state.index_select(-1, places).reshape(count, -1, slots, neighbours)
+            solved = value - (weights * found).sum(-1)
             border = torch.zeros_like(solved[..., : fronts.margin])
             return torch.cat([border, solved, border, state[..., :kept]], -1), solved.clone()
 
@@ -83,6 +91,11 @@ class TracedBackend(TorchBackend):
 
     def implicit(self, value: Tensor, residual: Any, adjoint: Any) -> Tensor:
         return value
+
+    def dots(self, first: Tensor, second: Tensor) -> Tensor:
+        """Each row twice: ONNX Runtime sums up the only row of a batch in another order than a row of several."""
+        products = first * second
+        return torch.cat([products, products]).sum(-1, keepdim=True)[: first.shape[0]]
 
     def iterate(self, step: Callable[..., Any], state: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
         def going(count: Tensor, busy: Tensor, *rest: Tensor) -> Tensor:
@@ -107,6 +120,14 @@ class TracedBackend(TorchBackend):
 
     def factorise(self, matrices: Tensor, limit: float) -> Factorisation | None:
         return Elimination(matrices)
+
+
+def _total(products: Tensor) -> Tensor:
+    """Σ over the axis before the last. shape: (…, K, n) → (…, n)
+
+    Along the last axis: along another, ONNX Runtime adds up in another order where a batch has one row.
+    """
+    return products.transpose(-1, -2).sum(-1)
 
 
 def _shifted_places(shape: tuple[int, ...], offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

@@ -115,6 +115,7 @@ class FittedSpread(nn.Module):
 
     def __init__(self, in_width: int, channels: int, rank: int, floor: float = FLOOR) -> None:
         super().__init__()
+        self.width = in_width
         self.register_buffer("floor", torch.tensor(floor))
         self.variance = nn.Conv2d(in_width, channels, 1)
         self.log_scales = nn.Parameter(torch.zeros(rank))
@@ -123,7 +124,7 @@ class FittedSpread(nn.Module):
     def of(self, density: Density, features: Tensor) -> Density:
         """The density to score with, of the head's and the features it was made from."""
         parameters = density.parameters
-        own = features[:, -self.variance.in_channels :]
+        own = features[:, -self.width :]
         parameters["variance"] = self.softplus(self.variance(own)) + self.floor
         if len(self.log_scales):
             parameters["factor"] = parameters["factor"] * self.log_scales.exp()[:, None, None, None]

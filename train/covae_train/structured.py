@@ -33,6 +33,8 @@ from covae_train.phases import Loss, TrainingImages
 Colour = Literal["rgb", "ycbcr"]
 # n_f by the image's longer side: the first row whose limit it does not exceed. SUPN has 7 for 64×64 faces.
 SIDES = ((16, 3), (32, 5), (256, 7))
+# The least variance above 32×32, a quarter of a grey level's square: there is noise, and float32 is enough.
+LARGE_FLOOR = 1e-6
 # The paper's α, and that of its first 10 of 110 epochs.
 MINIMISER, FIRST_MINIMISER, FIRST_SHARE = 10.0, 5e3, 10 / 110
 
@@ -77,7 +79,9 @@ class ColourOptions(StructuredOptions):
 def structured_defaults(image_shape: ImageShape) -> dict[str, Any]:
     """Those of the networks, and the neighbourhood by size."""
     side = max(image_shape[:2])
-    own = {"neighbourhood": next(item for limit, item in SIDES if side <= limit)}
+    own: dict[str, Any] = {"neighbourhood": next(item for limit, item in SIDES if side <= limit)}
+    if side > SIDES[1][0]:
+        own["floor"] = LARGE_FLOOR
     return {**size_defaults(image_shape), **objective_defaults(image_shape), **own}
 
 
@@ -108,7 +112,7 @@ class FilterMaps(nn.Module):
 
     def __init__(self, in_width: int, channels: int, neighbourhood: Neighbourhood, basis: int | None) -> None:
         super().__init__()
-        self.neighbourhood, self.channels = neighbourhood, channels
+        self.width, self.neighbourhood, self.channels = in_width, neighbourhood, channels
         neighbours = neighbours_of(neighbourhood.side)
         self.count = basis or neighbours
         self.maps = small_head(in_width, neighbourhood.dilations * self.count * channels, 0.0)

@@ -245,6 +245,8 @@ class Trainer:
         """Let the phases that begin at this step do so, from what those before left; the same at every resumption."""
         for item in self._due():
             if item.phase.begin is not None:
+                if self.saved_step < self.step:
+                    self.save()  # a beginning may take minutes
                 start = time.perf_counter()
                 self.model.eval()
                 item.phase.begin(self.model, _TrainingImages(self))

@@ -97,6 +97,15 @@ class Backend(Protocol):
         """Of image k each pixel takes the value `offsets[k]` = (rows below, columns to the right) of it, 0 beyond the
         border. shape: (…, K or 1, C, H, W) → (…, K, C·H·W)"""
 
+    def filtered(self, filters: Array, images: Array, offsets: Sequence[tuple[int, int]]) -> Array:
+        """Of each pixel, Σ_k a_k times the value `offsets[k]` of it: Σ_k filters_k · shifted_k.
+
+        filters: a, (B or 1, K, C·H·W); images: (N, B, C, H, W); returns (N, B, C·H·W)
+        """
+
+    def scattered(self, filters: Array, images: Array, offsets: Sequence[tuple[int, int]]) -> Array:
+        """The transpose of `filtered`: each pixel adds a_k times its value to the pixel at `offsets[k]` of it."""
+
     def arranged(self, coefficients: Array, fronts: Wavefronts) -> Array:
         """Coefficients a, (B or 1, K, n) at neighbours in the order of `fronts`, as `substitute` wants them."""
 
@@ -109,6 +118,9 @@ class Backend(Protocol):
     def implicit(self, value: Array, residual: Callable[[Array], Array], adjoint: Callable[[Array], Array]) -> Array:
         """The value of a linear solve, with the gradients of its solution: residual(value) is 0, and carries those of
         what the solve depends on; adjoint solves the transposed system."""
+
+    def dots(self, first: Array, second: Array) -> Array:
+        """Σ first · second along the last axis, which stays. shape: (N, B, n) → (N, B, 1)"""
 
     def iterate(
         self, step: Callable[..., tuple[Array, ...]], state: tuple[Array, ...], limit: int

@@ -96,6 +96,26 @@ class NumpyBackend:
                 found[..., k, :, to_rows, to_columns] = images[..., k % images.shape[-4], :, from_rows, from_columns]
         return found.reshape(*found.shape[:-3], -1)
 
+    def filtered(self, filters: Floats, images: Floats, offsets: Sequence[tuple[int, int]]) -> Floats:
+        found, maps = np.zeros_like(images), filters.reshape(*filters.shape[:2], *images.shape[-3:])
+        height, width = images.shape[-2:]
+        for k, (below, right) in enumerate(offsets):
+            if abs(below) < height and abs(right) < width:
+                (to_rows, from_rows), (to_columns, from_columns) = overlap(below, height), overlap(right, width)
+                part = maps[:, k, :, to_rows, to_columns] * images[..., from_rows, from_columns]
+                found[..., to_rows, to_columns] += part
+        return found.reshape(*images.shape[:2], -1)
+
+    def scattered(self, filters: Floats, images: Floats, offsets: Sequence[tuple[int, int]]) -> Floats:
+        found, maps = np.zeros_like(images), filters.reshape(*filters.shape[:2], *images.shape[-3:])
+        height, width = images.shape[-2:]
+        for k, (below, right) in enumerate(offsets):
+            if abs(below) < height and abs(right) < width:
+                (from_rows, to_rows), (from_columns, to_columns) = overlap(below, height), overlap(right, width)
+                part = maps[:, k, :, from_rows, from_columns] * images[..., from_rows, from_columns]
+                found[..., to_rows, to_columns] += part
+        return found.reshape(*images.shape[:2], -1)
+
     def arranged(self, coefficients: Floats, fronts: Wavefronts) -> Floats:
         return arranged(coefficients, fronts)
 
@@ -104,6 +124,9 @@ class NumpyBackend:
 
     def implicit(self, value: Floats, residual: Any, adjoint: Any) -> Floats:
         return value
+
+    def dots(self, first: Floats, second: Floats) -> Floats:
+        return np.asarray((first * second).sum(axis=-1, keepdims=True))
 
     def iterate(self, step: Callable[..., Any], state: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
         for _ in range(limit):

@@ -55,7 +55,7 @@ class TwoDecodersHead(SparseHead):
         return super().local(mean, self._own(features))
 
     def _own(self, features: Tensor) -> Tensor:
-        return features[:, -self.filters.maps.in_channels :]
+        return features[:, -self.filters.width :]
 
 
 def build(config: RunConfig) -> Vae:

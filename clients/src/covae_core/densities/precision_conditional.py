@@ -17,7 +17,7 @@ from covae_core.densities.sparse_cholesky import SparseCholesky
 
 # The residual's norm, in the preconditioner's units, over the right-hand side's, at which a row is solved: of a density
 # in float32, and in float64.
-TOLERANCES = (1e-6, 1e-10)
+TOLERANCES = (1e-8, 1e-10)
 # Steps at most.
 LIMIT = 1000
 # Up to so many fixed numbers a row, the covariance of these is written out instead.
@@ -87,7 +87,8 @@ class PrecisionConditional(Conditional):
                 return xp.sum(seen * weights, axis=-1)
             solved = self._solve(-self._scale * self._normal._precision(residual))
             image, noise = residual + self._scale * solved, self._on * solved
-            return xp.sum(image * self._normal._precision(image) + noise * noise, axis=-1)
+            moved = self._normal._precision(image)
+            return (self._backend.dots(image, moved) + self._backend.dots(noise, noise))[..., 0]
 
     def _agree(self, images: Array, seeds: Array | None) -> Array:
         """By Matheron's rule."""
@@ -154,17 +155,17 @@ class PrecisionConditional(Conditional):
         """The same by conjugate gradients; nothing is recorded."""
         backend, xp = self._backend, self._backend.xp
         ready = self._prepared(rows)
-        energy = xp.sum(rows * ready, axis=-1, keepdims=True)
+        energy = backend.dots(rows, ready)
         enough = self._tolerance**2 * energy
 
         def step(busy: Array, solved: Array, rest: Array, ahead: Array, energy: Array) -> tuple[Array, ...]:
             moved = self._operator(ahead)
-            curvature = xp.sum(ahead * moved, axis=-1, keepdims=True)
+            curvature = backend.dots(ahead, moved)
             one, nothing = xp.ones_like(energy), xp.zeros_like(energy)
             length = xp.where(busy, energy / xp.where(busy, curvature, one), nothing)
             solved, rest = solved + length * ahead, rest - length * moved
             ready = self._prepared(rest)
-            after = xp.where(busy, xp.sum(rest * ready, axis=-1, keepdims=True), energy)
+            after = xp.where(busy, backend.dots(rest, ready), energy)
             ahead = xp.where(busy, ready + after / xp.where(busy, energy, one) * ahead, ahead)
             return after > enough, solved, rest, ahead, after
 

@@ -81,13 +81,11 @@ class SparseCholesky:
 
     def _combine(self, filters: Array, rows: Array) -> Array:
         """(I + A) r: each pixel, and its filter's sum over its neighbours."""
-        xp = self._backend.xp
-        return rows + xp.sum(filters * self._shifted(rows[:, :, None], self._neighbourhood.offsets), axis=-2)
+        return rows + self._backend.filtered(filters, self._as_images(rows), self._neighbourhood.offsets)
 
     def _combine_transposed(self, filters: Array, rows: Array) -> Array:
         """(I + A)ᵀ v: each pixel gives to its neighbours."""
-        xp = self._backend.xp
-        return rows + xp.sum(self._shifted(filters * rows[:, :, None], self._neighbourhood.opposite), axis=-2)
+        return rows + self._backend.scattered(filters, self._as_images(rows), self._neighbourhood.offsets)
 
     def _solve(self, rows: Array) -> Array:
         """(I + A)⁻¹ v"""
@@ -137,4 +135,8 @@ class SparseCholesky:
 
     def _shifted(self, rows: Array, offsets: Sequence[tuple[int, int]]) -> Array:
         """Row k moved by offset k. shape: (…, K or 1, S) → (…, K, S)"""
-        return self._backend.shifted(rows.reshape(*rows.shape[:-1], *self._layout.image_shape), offsets)
+        return self._backend.shifted(self._as_images(rows), offsets)
+
+    def _as_images(self, rows: Array) -> Array:
+        """(…, S) → (…, C, H, W)"""
+        return rows.reshape(*rows.shape[:-1], *self._layout.image_shape)
