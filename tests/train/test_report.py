@@ -27,12 +27,14 @@ def test_where_measures_what_its_columns_show_and_tells_what_it_leaves_out(few, 
     report = REPORTS["where"]()
     found, told = reported(report, few, tmp_path)
     assert "spots: left out, odd images with masks beside its data is missing" in told
-    assert [row["name"] for row in found["rows"]] == ["sos-vae", "beta-vae"]
+    assert [row["name"] for row in found["rows"]] == ["sos-vae", "beta-vae", "structured-vae", "hybrid-vae"]
     for row in found["rows"]:
         (figures,) = row["figures"]
         assert set(figures) == {key for key in report.columns if "patch" in key or "scratch" in key}
     assert set(found["pairs"]) == {
-        f"pixel AUROC, {defect}, sos-vae − beta-vae" for defect in ("pasted patch", "scratch")
+        f"pixel AUROC, {defect}, {first} − {second}"
+        for defect in ("pasted patch", "scratch")
+        for first, second in report.pairs
     }
     table = as_markdown(report, found["rows"], found["pairs"])
     assert all(title in table for key, title in report.columns.items() if "scratch" in key)
