@@ -22,7 +22,7 @@ TOLERANCES = (1e-8, 1e-10)
 LIMIT = 1000
 # Up to so many fixed numbers a row, the covariance of these is written out instead.
 FEW = 32
-# Up to so many numbers an image, variances are exact.
+# Variances are exact up to the work of one image of so many numbers.
 EXACT_PIXELS = 1024
 
 
@@ -57,7 +57,7 @@ class PrecisionConditional(Conditional):
     def marginal_variance_with_error(self) -> tuple[Array, Array]:
         """Variance of every pixel, and its standard error; shape (*batch_shape, C, H, W) each.
 
-        Exact, with an error of 0, up to EXACT_PIXELS numbers an image, by as many solves; beyond that from draws.
+        Exact, with an error of 0, up to the work of one image of EXACT_PIXELS numbers; beyond that from draws.
         """
         found, error = marginal_variance(self, self._covariance, EXACT_PIXELS)
         return self._spread(found), self._spread(error)

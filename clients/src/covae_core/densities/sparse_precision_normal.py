@@ -23,7 +23,7 @@ from covae_core.densities.precision_conditional import PrecisionConditional
 from covae_core.densities.sparse_cholesky import SparseCholesky
 from covae_core.noise import Stream
 
-# Up to so many numbers an image, variances are exact.
+# Variances are exact up to the work of one image of so many numbers.
 EXACT_PIXELS = 4096
 
 
@@ -124,7 +124,7 @@ class SparsePrecisionNormal(Density):
     def marginal_variance_with_error(self) -> tuple[Array, Array]:
         """Variance of every pixel, and its standard error; shape (*batch_shape, C, H, W) each.
 
-        Exact, with an error of 0, up to EXACT_PIXELS numbers an image, by as many solves; beyond that from draws.
+        Exact, with an error of 0, up to the work of one image of EXACT_PIXELS numbers; beyond that from draws.
         """
         found, error = marginal_variance(self, self._cholesky.covariance, EXACT_PIXELS)
         return self._spread(found), self._spread(error)
