@@ -19,8 +19,8 @@ def marginal_variance(drawable: Drawable, columns: Callable[[Array], Array], exa
     """Of every pixel the variance, and its standard error. shape of each: (B, S)
 
     The covariance's diagonal, with an error of 0, column by column, as long as that is no more work than for one image
-    of `exact_pixels` numbers (it goes with their square, and with the batch); beyond that the mean square of DRAWS draws
-    about the mean, whose relative error is about √(2 / DRAWS), 4.5 %.
+    of `exact_pixels` numbers (it goes with their square, and with the batch); beyond that the mean square of DRAWS
+    draws about the mean, whose relative error is about √(2 / DRAWS), 4.5 %.
 
     columns: Σ v of rows (N, B, S).
     """
