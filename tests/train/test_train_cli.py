@@ -52,7 +52,11 @@ def test_train_then_train_again_then_evaluate(tmp_path):
 
 
 WRONG_COMMANDS = {
-    "family: found 'gan'; expected one of beta-vae, hybrid-vae, low-rank-normal, pca, sos-vae": ("gan", "--data", "digits"),
+    "family: found 'gan'; expected one of beta-vae, hybrid-vae, low-rank-normal, pca, sos-vae": (
+        "gan",
+        "--data",
+        "digits",
+    ),
     "--data: found 'nothing'; expected one of digits, mnist": ("sos-vae", "--data", "nothing"),
     "rank: found 73; a 3x3 factor head": ("sos-vae", "--data", "digits", *TINY, "--rank", "73"),
     "vae: reduction: found 'sum', Input should be 'elbo-sum' or 'paper-mean'": (
