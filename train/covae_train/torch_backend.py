@@ -13,7 +13,7 @@ from torch import Tensor
 
 from covae_core.backends import Factorisation, cached, register_backend
 from covae_core.noise import MODULI, Stream, jump_multipliers, stream_states
-from covae_core.numpy_backend import GATHERED_SHARE, arranged, overlap, substitute, whitening
+from covae_core.numpy_backend import GATHERED_SHARE, apply_filters, arranged, pairs, substitute, whitening
 
 if TYPE_CHECKING:
     from covae_core.densities.neighbourhood import Wavefronts
@@ -126,6 +126,8 @@ class TorchBackend:
     def implicit(
         self, value: Tensor, residual: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
     ) -> Tensor:
+        if not self.recording():
+            return value
         rest = residual(value)
         if not rest.requires_grad:
             return value
@@ -182,42 +184,25 @@ class _Filtered(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(filters, images)
         ctx.offsets, ctx.transposed = offsets, transposed
-        return _filter(filters, images, offsets, transposed)
+        found: Tensor = apply_filters(xp, filters, images, offsets, transposed)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         filters, images = ctx.saved_tensors
         gradient = gradients[0]
-        back = _filter(filters, gradient, ctx.offsets, not ctx.transposed) if ctx.needs_input_grad[1] else None
+        back = None
+        if ctx.needs_input_grad[1]:
+            back = apply_filters(xp, filters, gradient, ctx.offsets, not ctx.transposed)
         if not ctx.needs_input_grad[0]:
             return None, back, None, None
         # At pixel k, a_k meets its own value and its neighbour's: of the image the one, of the gradient the other.
         near, far = (images, gradient) if ctx.transposed else (gradient, images)
         maps = filters.new_zeros(*filters.shape[:2], *images.shape[-3:])
-        for k, (here, there) in enumerate(_pairs(ctx.offsets, images.shape)):
+        for k, (here, there) in enumerate(pairs(ctx.offsets, images.shape)):
             products = (near[here] * far[there]).sum(0)
             maps[:, k][here] = products if len(filters) > 1 else products.sum(0, keepdim=True)
         return maps.reshape_as(filters), back, None, None
-
-
-def _pairs(offsets: Sequence[tuple[int, int]], shape: Sequence[int]) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """For each offset, the pixels that have such a neighbour, and these neighbours, as indices of (…, H, W)."""
-    found = []
-    for below, right in offsets:
-        rows, columns = overlap(below, shape[-2]), overlap(right, shape[-1])
-        inside = abs(below) < shape[-2] and abs(right) < shape[-1]
-        none = slice(0, 0)
-        found.append(tuple((..., rows[end] if inside else none, columns[end] if inside else none) for end in (0, 1)))
-    return found  # type: ignore[return-value]
-
-
-def _filter(filters: Tensor, images: Tensor, offsets: Sequence[tuple[int, int]], transposed: bool) -> Tensor:
-    maps = filters.reshape(*filters.shape[:2], *images.shape[-3:])
-    found = torch.zeros_like(images)
-    for k, (here, there) in enumerate(_pairs(offsets, images.shape)):
-        source, target = (here, there) if transposed else (there, here)
-        found[target] += maps[:, k][here] * images[source]
-    return found
 
 
 class _Implicit(torch.autograd.Function):

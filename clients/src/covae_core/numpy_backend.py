@@ -97,24 +97,10 @@ class NumpyBackend:
         return found.reshape(*found.shape[:-3], -1)
 
     def filtered(self, filters: Floats, images: Floats, offsets: Sequence[tuple[int, int]]) -> Floats:
-        found, maps = np.zeros_like(images), filters.reshape(*filters.shape[:2], *images.shape[-3:])
-        height, width = images.shape[-2:]
-        for k, (below, right) in enumerate(offsets):
-            if abs(below) < height and abs(right) < width:
-                (to_rows, from_rows), (to_columns, from_columns) = overlap(below, height), overlap(right, width)
-                part = maps[:, k, :, to_rows, to_columns] * images[..., from_rows, from_columns]
-                found[..., to_rows, to_columns] += part
-        return found.reshape(*images.shape[:2], -1)
+        return np.asarray(apply_filters(xp, filters, images, offsets, False)).reshape(*images.shape[:2], -1)
 
     def scattered(self, filters: Floats, images: Floats, offsets: Sequence[tuple[int, int]]) -> Floats:
-        found, maps = np.zeros_like(images), filters.reshape(*filters.shape[:2], *images.shape[-3:])
-        height, width = images.shape[-2:]
-        for k, (below, right) in enumerate(offsets):
-            if abs(below) < height and abs(right) < width:
-                (from_rows, to_rows), (from_columns, to_columns) = overlap(below, height), overlap(right, width)
-                part = maps[:, k, :, from_rows, from_columns] * images[..., from_rows, from_columns]
-                found[..., to_rows, to_columns] += part
-        return found.reshape(*images.shape[:2], -1)
+        return np.asarray(apply_filters(xp, filters, images, offsets, True)).reshape(*images.shape[:2], -1)
 
     def arranged(self, coefficients: Floats, fronts: Wavefronts) -> Floats:
         return arranged(coefficients, fronts)
@@ -224,6 +210,28 @@ def whitening(xp: Any, products: Any) -> Any:
 def overlap(offset: int, size: int) -> tuple[slice, slice]:
     """Along one axis, where an image moved by an offset has values, and where these are from."""
     return slice(max(-offset, 0), size - max(offset, 0)), slice(max(offset, 0), size - max(-offset, 0))
+
+
+def pairs(offsets: Sequence[tuple[int, int]], shape: Sequence[int]) -> list[tuple[Any, Any]]:
+    """For each offset, the pixels that have such a neighbour, and these neighbours, as indices of (…, H, W)."""
+    found = []
+    for below, right in offsets:
+        rows, columns = overlap(below, shape[-2]), overlap(right, shape[-1])
+        inside = abs(below) < shape[-2] and abs(right) < shape[-1]
+        none = slice(0, 0)
+        here, there = ((..., rows[end] if inside else none, columns[end] if inside else none) for end in (0, 1))
+        found.append((here, there))
+    return found
+
+
+def apply_filters(xp: Any, filters: Any, images: Any, offsets: Sequence[tuple[int, int]], transposed: bool) -> Any:
+    """Backend.filtered, or its transpose, neighbour by neighbour, for either library. shape: (N, B, C, H, W)"""
+    maps = filters.reshape(*filters.shape[:2], *images.shape[-3:])
+    found = xp.zeros_like(images)
+    for k, (here, there) in enumerate(pairs(offsets, images.shape)):
+        source, target = (here, there) if transposed else (there, here)
+        found[target] += maps[:, k][here] * images[source]
+    return found
 
 
 def arranged(coefficients: Floats, fronts: Wavefronts) -> Floats:

@@ -6,29 +6,20 @@ from collections.abc import Mapping
 from math import log
 
 import torch
-from torch import Tensor
 
-from covae_core.densities import Density
-from covae_core.importance import importance_weights
 from covae_train.data import ImageData
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
+from covae_train.measures.bound import bounds_of_units
 from covae_train.run import TrainedRun
 
 LEVELS = 256
 
 
 @torch.no_grad()
-def bounds_of(run: TrainedRun, units: Tensor, settings: Settings) -> tuple[Tensor, int]:
-    """Importance-weighted bounds of images in [0, 1], (N,) in nats, and the numbers that the density is over."""
-    random = torch.Generator().manual_seed(settings.seed)
-    found = []
-    for image in units:
-        noise = run.model.latent_noise((1, settings.samples), random)
-        logs = importance_weights(run.model, image[None], noise).log_weight
-        found.append(logs.logsumexp(1) - log(logs.shape[1]))
-    latents = run.model.draw_latents(1, random) if run.model.latents else {}
-    density: Density = run.model.scoring_density(latents, 1)
-    return torch.cat(found), density.degrees
+def degrees_of(run: TrainedRun) -> int:
+    """The numbers of an image that the model's density is over."""
+    latents = run.model.draw_latents(1, torch.Generator().manual_seed(0))
+    return run.model.scoring_density(latents, 1).degrees
 
 
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
@@ -39,9 +30,9 @@ def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str
     """
     units = data.held_out[: settings.images].float() / 255
     noise = torch.rand(units.shape, generator=torch.Generator().manual_seed(settings.seed))
-    found = {}
+    found, degrees = {}, degrees_of(run)
     for name, images in (("as they are", units), ("dequantised", (255 * units + noise) / LEVELS)):
-        bounds, degrees = bounds_of(run, images, settings)
+        bounds, _ = bounds_of_units(run, images, settings.samples, settings.seed)
         found[f"bits per dimension, {name}"] = mean_of(-bounds / (degrees * log(2)) + log(LEVELS) / log(2))
     return found
 

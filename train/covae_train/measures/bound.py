@@ -15,7 +15,6 @@ from covae_train.measures import Estimate, Settings, mean_of, needs_encoder, pai
 from covae_train.run import TrainedRun
 
 
-@torch.no_grad()
 def importance_bounds(
     run: TrainedRun,
     images: Tensor,
@@ -27,11 +26,19 @@ def importance_bounds(
 
     Both are log p(x) itself for a model without latents. images: (N, C, H, W) uint8; returns two of (N,) float64
     """
+    return bounds_of_units(run, images.float() / 255, num_samples, seed, on_image)
+
+
+@torch.no_grad()
+def bounds_of_units(
+    run: TrainedRun, images: Tensor, num_samples: int, seed: int, on_image: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
+    """`importance_bounds` of images (N, C, H, W) in [0, 1]."""
     random = torch.Generator().manual_seed(seed)
     weights = []
     for image in images:
         noise = run.model.latent_noise((1, num_samples), random)
-        weights.append(importance_weights(run.model, image[None].float() / 255, noise).log_weight)
+        weights.append(importance_weights(run.model, image[None], noise).log_weight)
         on_image()
     logs = torch.cat(weights)
     return logs.logsumexp(1) - log(logs.shape[1]), logs.mean(1)

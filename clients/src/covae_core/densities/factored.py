@@ -81,6 +81,29 @@ class Factored(Density):
             path = path[:, None]
         return self._smooth_images("noise", path)
 
+    def whiten(self, x: Any) -> Array:
+        """(I + P̃P̃ᵀ)^(−½) r̃, independent standard normals under the density, r̃ = x − μ and P̃ = P where what is beside
+        P w is N(0, I): for LowRankNormal times D^(−½), for HybridNormal times Lᵀ.
+
+        With P̃ᵀP̃ = V diag(s²) Vᵀ it is r̃ − P̃ V diag((1 − 1/√(1 + s²))/s²) Vᵀ P̃ᵀ r̃.
+
+        x: (…, C, H, W), broadcast with the batch; returns the same shape.
+
+        Raises:
+            InvalidArgument: the shape does not fit, or a value is not finite.
+        """
+        backend, xp = self._backend, self._backend.xp
+        images, sample_shape = self._rows("x", backend.array(x, like=self._mean), self.image_shape)
+        self._check_finite("x", images)
+        white, factor = self._white_residual(images), self._white_factor
+        along = xp.astype(times_transposed(backend, white, factor), xp.float64)
+        inside = times(backend, along, backend.whitening(self._white_products()))
+        return self._images(white - times(backend, xp.astype(inside, white.dtype), factor), sample_shape)
+
+    @abstractmethod
+    def _white_products(self) -> Array:
+        """P̃ᵀP̃. shape: (B or 1, R, R), float64"""
+
     @property
     @abstractmethod
     def _white_factor(self) -> Array:

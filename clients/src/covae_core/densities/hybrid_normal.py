@@ -81,20 +81,6 @@ class HybridNormal(Factored):
         """Differential entropy (S log 2πe + Σ log d + log|K|)/2 in nats; shape batch_shape."""
         return self._spread(0.5 * (self._logdet + self._layout.pixels * (1 + log(2 * pi))), ())
 
-    def whiten(self, x: Any) -> Array:
-        """(I + P̃ P̃ᵀ)^(−½) r̃, independent standard normals under the density. x: (…, C, H, W); returns that shape.
-
-        Raises:
-            InvalidArgument: the shape does not fit, or a value is not finite.
-        """
-        backend, xp = self._backend, self._backend.xp
-        images, sample_shape = self._rows("x", backend.array(x, like=self._mean), self.image_shape)
-        self._check_finite("x", images)
-        white, factor = self._white_residual(images), self._white_factor
-        shrinkage = backend.whitening(backend.gram(factor, None, None, exact=True))
-        inside = times(backend, xp.astype(times_transposed(backend, white, factor), xp.float64), shrinkage)
-        return self._images(white - times(backend, xp.astype(inside, white.dtype), factor), sample_shape)
-
     def marginal_variance(self) -> Array:
         """Variance of every pixel, the first of `marginal_variance_with_error`; shape (*batch_shape, C, H, W)."""
         return self.marginal_variance_with_error()[0]
@@ -154,6 +140,9 @@ class HybridNormal(Factored):
         """P̃ = Lᵀ P. shape: (B or 1, R, S)"""
         columns = self._backend.xp.permute_dims(self._factor_rows, (1, 0, 2))
         return self._backend.xp.permute_dims(self._cholesky.whiten(columns), (1, 0, 2))
+
+    def _white_products(self) -> Array:
+        return self._backend.gram(self._white_factor, None, None, exact=True)
 
     def _white_residual(self, images: Array) -> Array:
         return self._cholesky.whiten(images - self._mean_rows)

@@ -18,7 +18,7 @@ from covae_core.densities.base import (
     weighted_square,
 )
 from covae_core.densities.diagonal_normal import one_hot
-from covae_core.densities.factor_posterior import FactorPosterior, times, times_transposed
+from covae_core.densities.factor_posterior import FactorPosterior, times
 from covae_core.densities.factored import Factored
 from covae_core.densities.layout import (
     Layout,
@@ -105,25 +105,6 @@ class LowRankNormal(Factored):
         """Differential entropy (S log 2πe + log|D| + log|K|)/2 in nats (SOS-VAE eq. 7); shape batch_shape."""
         return self._spread(0.5 * (self._logdet + self._layout.pixels * (1 + log(2 * pi))), ())
 
-    def whiten(self, x: Any) -> Array:
-        """(I + P̃P̃ᵀ)^(−½) r̃ with r̃ = D^(−½)(x − μ) and P̃ = D^(−½)P: independent standard normals under the density.
-
-        With P̃ᵀP̃ = V diag(s²) Vᵀ it is r̃ − P̃ V diag((1 − 1/√(1 + s²))/s²) Vᵀ P̃ᵀ r̃.
-
-        x: (…, C, H, W), broadcast with the batch; returns the same shape.
-
-        Raises:
-            InvalidArgument: the shape does not fit, or a value is not finite.
-        """
-        backend, xp = self._backend, self._backend.xp
-        images, sample_shape = self._rows("x", backend.array(x, like=self._mean), self.image_shape)
-        self._check_finite("x", images)
-        white, factor = self._white_residual(images), self._white_factor
-        shrinkage = backend.whitening(backend.gram(self._factor_rows, None, self._variance_rows, exact=True))
-        along = xp.astype(times_transposed(backend, white, factor), xp.float64)
-        inside = times(backend, along, shrinkage)
-        return self._images(white - times(backend, xp.astype(inside, white.dtype), factor), sample_shape)
-
     def marginal_variance(self) -> Array:
         """Variance of every pixel, diag(P Pᵀ) + D; shape (*batch_shape, C, H, W)."""
         with np.errstate(over="ignore"):
@@ -187,6 +168,9 @@ class LowRankNormal(Factored):
     @cached
     def _white_factor(self) -> Array:
         return self._factor_rows / self._backend.xp.sqrt(self._variance_rows)[:, None]
+
+    def _white_products(self) -> Array:
+        return self._backend.gram(self._factor_rows, None, self._variance_rows, exact=True)
 
     def _white_residual(self, images: Array) -> Array:
         return (images - self._mean_rows) / self._backend.xp.sqrt(self._variance_rows)

@@ -31,8 +31,7 @@ class PrecisionConditional(Conditional):
 
     With the mask m, the softness s, and T = 1 off the mask and s on it, an image x is made to agree with the fixed
     values' residual ρ = m (b − x) by adding ρ + T u, (T Σ⁻¹ T + m) u = −T Σ⁻¹ ρ. At s = 0 this is the free pixels'
-    Λ_ff u_f = −Λ_fb ρ_b. Solved by conjugate gradients with the diagonal for a preconditioner, in float64, each row
-    until it is done.
+    Λ_ff u_f = −Λ_fb ρ_b. Solved by preconditioned conjugate gradients in float64, each row until it is done.
 
     Where few values are fixed, what is added is Σ E (Eᵀ Σ E + s²)⁻¹ ρ_b, with a column of E for each: with Σ = G Gᵀ,
     Gᵀ E is one solve in wavefronts, and G another. Made by the density's `condition`.

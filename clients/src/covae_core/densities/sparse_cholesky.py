@@ -91,16 +91,12 @@ class SparseCholesky:
         """(I + A)⁻¹ v"""
         backend, filters = self._backend, self._filters_like(rows)
         solved = self._substituted(self._arranged(filters, turned=False), rows)
-        if not backend.recording():
-            return solved
         return backend.implicit(solved, lambda found: rows - self._combine(filters, found), self._solve_transposed)
 
     def _solve_transposed(self, rows: Array) -> Array:
         """(I + A)⁻ᵀ v. Read from the last pixel to the first, (I + A)ᵀ is a matrix of I + A's pattern."""
         backend, filters = self._backend, self._filters_like(rows)
         solved = self._turned(self._substituted(self._arranged(filters, turned=True), self._turned(rows)))
-        if not backend.recording():
-            return solved
         return backend.implicit(solved, lambda found: rows - self._combine_transposed(filters, found), self._solve)
 
     def _arranged(self, filters: Array, *, turned: bool) -> Array:

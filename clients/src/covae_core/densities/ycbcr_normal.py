@@ -179,7 +179,7 @@ class YCbCrNormal(_Parts, Density):
 
     @property
     def degrees(self) -> int:
-        return self._layout.pixels // 3 + 2 * (self._layout.pixels // 3) // CHROMA_SIDE**2
+        return self.luma.degrees + self.chroma.degrees
 
     @property
     def parameters(self) -> dict[str, Array]:
