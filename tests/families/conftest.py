@@ -9,9 +9,11 @@ from covae_train.threads import use_threads
 
 use_threads(1)
 
-import pytest  # noqa: E402 - the waiting policy counts only before torch is imported
+import numpy as np  # noqa: E402 - the waiting policy counts only before torch is imported
+import pytest  # noqa: E402
 
 from covae_client import Client  # noqa: E402
+from covae_core.images import channels_last, to_uint8  # noqa: E402
 from covae_export.exporting import export_run  # noqa: E402
 from covae_serving.service import Service  # noqa: E402
 from covae_train.data import ImageData, load_images  # noqa: E402
@@ -27,6 +29,11 @@ NAMES = list(families())
 SERVED = [name for name in NAMES if name not in ("sos-vae", "beta-vae")]
 # Whichever of these options a family has; the rest are its defaults for 8×8.
 SMALL = {"epochs": 2, "mean_epochs": 1, "batch_size": 16, "widths": (8, 16), "latent_size": 5, "maps": 4, "rank": 3}
+
+
+def levels(images):
+    """Images (N, C, H, W) in [0, 1] as bytes, in integers that can be subtracted. shape: (N, H, W, C)"""
+    return to_uint8(channels_last(np.asarray(images))).astype(int)
 
 
 def small_config(name, **changes):

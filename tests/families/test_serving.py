@@ -11,13 +11,13 @@ import torch
 from covae_client import BeyondReach
 from covae_client.errors import InvalidArgument, NotFound
 from covae_client.plans import image_index
-from covae_core.images import channels_first, channels_last, to_uint8, to_unit
+from covae_core.images import channels_first, channels_last, to_unit
 from covae_core.importance import importance_weights
 from covae_core.noise import Stream, row_seeds
 from covae_core.operations import OPERATIONS
 from covae_train.torch_backend import standard_normal
 
-from .conftest import SERVED
+from .conftest import SERVED, levels
 
 pytestmark = pytest.mark.slow
 
@@ -51,10 +51,6 @@ def torch_latents(latents, model):
 def rows_of(latents, part):
     """Some rows of latents."""
     return {name: value[part] for name, value in latents.items()} if isinstance(latents, dict) else latents[part]
-
-
-def levels(images):
-    return to_uint8(channels_last(np.asarray(images))).astype(int)
 
 
 def lacks(model, operation):

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from covae_client import Client
 from covae_core.densities import SparsePrecisionNormal, YCbCrNormal
 from covae_core.densities.neighbourhood import Neighbourhood
 from covae_core.errors import InvalidArgument
+from covae_core.images import channels_first, channels_last, to_unit
+from covae_core.noise import row_seeds
 from covae_export.exporting import export_run
+from covae_serving.service import Service
 from covae_train.data import ImageData
 from covae_train.families import build_model, make_config
 from covae_train.families.hybrid_vae import HybridHead
@@ -17,6 +21,8 @@ from covae_train.objective import Batch
 from covae_train.run import load_run
 from covae_train.structured import FilterMaps, regression, variance_minimiser
 from covae_train.training import Trainer
+
+from .conftest import levels
 
 SMALL = {"epochs": 2, "mean_epochs": 1, "batch_size": 16, "widths": (8, 16), "latent_size": 5}
 STRUCTURED = ("structured-vae", "supn", "hybrid-vae")
@@ -136,19 +142,55 @@ def test_the_factor_is_in_units_of_what_neighbours_leave():
     torch.testing.assert_close(head.density(features).factor[:, :, 0], wanted)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["structured-vae", "supn"])
-def test_a_model_in_ycbcr_is_trained_exported_and_agrees_with_torch(family, tmp_path):
+def coloured_run(family, folder):
+    """A short run in YCbCr, of images that are of one colour in each square of 4×4."""
     random = torch.Generator().manual_seed(0)
     flat = torch.randint(0, 256, (140, 3, 2, 3), generator=random, dtype=torch.uint8)
     images = flat.repeat_interleave(4, 2).repeat_interleave(4, 3)
     data = ImageData("colours", images[:100], images[100:], flips=False)
     config = make_config(family=family, data="colours", image_shape=(8, 12, 3), **SMALL, colour="ycbcr")
-    Trainer(config, data, tmp_path / "run").fit()
-    run = load_run(tmp_path / "run")
+    Trainer(config, data, folder).fit()
+    return load_run(folder), channels_last(images[100:106].numpy())
+
+
+@pytest.mark.parametrize("family", ["structured-vae", "supn"])
+def test_a_model_in_ycbcr_is_trained(family, tmp_path):
+    run, _ = coloured_run(family, tmp_path / "run")
     latents = run.model.draw_latents(2, torch.Generator().manual_seed(0))
     assert isinstance(run.model.density(latents, 2), YCbCrNormal)
+
+
+@pytest.mark.slow
+def test_a_model_in_ycbcr_is_served_in_rgb(tmp_path):
+    run, pictures = coloured_run("structured-vae", tmp_path / "run")
     found = export_run(run, tmp_path / "repository", score_samples=2, draw_samples=2)
     assert all(item.acceptable for item in found.disagreements)
-    names = {item.operation.name for item in found.disagreements}
-    assert names == {"decode", "encode", "sample", "draw", "condition", "score", "surprise"}
+    with (
+        Service(tmp_path / "repository", grpc_port=0, metrics_port=0) as service,
+        Client(service.grpc_address) as client,
+    ):
+        model = client.model("run")
+        assert set(model.operations) == {"decode", "encode", "sample", "draw", "condition", "score", "surprise"}
+        latents = model.latents(6, seed=1)
+        images = model.sample(6, seed=1)
+        assert images.shape == pictures.shape
+        density = model.decode(latents)
+        assert isinstance(density, YCbCrNormal)
+        mask = np.random.default_rng(0).random((6, 8, 12)) < 0.2
+        edited = model.condition(latents, mask, pictures, seed=2)
+        one, drawn = model.decode(latents[3]), model.draw(latents[3], 4, seed=1)
+        scored, odd = model.score(pictures, num_samples=2, seed=3), model.surprise(pictures)
+    with torch.no_grad():
+        torch_density = run.model.density({"latent": torch.from_numpy(latents)}, 6)
+        wanted = levels(torch_density.sample_rows(torch.from_numpy(row_seeds(1, np.arange(6)))))
+        pixels = torch.from_numpy(channels_first(to_unit(pictures)))
+        mean = levels(torch_density.condition(torch.from_numpy(mask), pixels).mean)
+    # A value next to ½ may round the other way.
+    assert np.abs(wanted - images).max() <= 1
+    assert np.abs(mean - edited.image).max() <= 1
+    assert np.abs(levels(density.mean) - levels(torch_density.mean)).max() <= 1
+    np.testing.assert_array_equal(edited.image[mask], pictures[mask])
+    assert np.abs(levels(one.sample(4, seed=1)) - drawn).max() <= 1
+    assert np.isfinite(scored.elbo).all()
+    assert odd.maps.shape == (6, 3, 8, 12)
+    assert np.isfinite(odd.maps).all()
