@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from math import log
+from math import log, log2
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import kstest, norm, uniform
 
+from covae_train.data import ImageData, in_units
 from covae_train.families import make_config
 from covae_train.measures import Settings, find_measure
 from covae_train.measures.kl import ROWS, information, log_densities
@@ -71,6 +72,30 @@ def test_bits_are_those_of_the_bound(trained, digits):
     settings = Settings(images=5, samples=4)
     found = find_measure("bits").compute(trained, digits, settings)
     bound = find_measure("bound").compute(trained, digits, settings)["log-likelihood bound, K = 4"]
-    wanted = -bound.value / (64 * log(2)) + 8
+    wanted = -bound.value / (64 * log(2)) + log2(255)
     assert found["bits per dimension, as they are"].value == pytest.approx(wanted, rel=1e-6)
     assert np.isfinite(found["bits per dimension, dequantised"].value)
+
+
+def test_dequantised_images_lie_evenly_within_their_grey_levels():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(500, 1, 16, 16)
+    found = 255 * in_units(images, torch.Generator().manual_seed(0)) - images
+    assert float(found.abs().max()) <= 0.5 + 1e-4
+    assert kstest(found.flatten().numpy(), uniform(-0.5, 1).cdf).pvalue > 0.01
+    assert torch.equal(in_units(images), images / 255)
+
+
+def test_a_run_on_dequantised_images_knows_no_value_better_than_its_grey_level(tmp_path):
+    """Images that are all black: the likeliest variance is that of the noise."""
+    images = torch.zeros(2040, 1, 8, 8, dtype=torch.uint8)
+    black = ImageData("digits", images[:2000], images[2000:], flips=False)
+    options = {"rank": 1, "floor": 1e-9, "dequantise": True}
+    config = make_config(family="low-rank-normal", data="digits", image_shape=(8, 8, 1), **options)
+    Trainer(config, black, tmp_path / "run").fit()
+    run = load_run(tmp_path / "run")
+    variance = float(run.model.density({}, 1).marginal_variance().mean().detach())
+    assert variance == pytest.approx(1 / (12 * 255**2), rel=0.05)
+    bound = find_measure("bound").compute(run, black, Settings(images=40))["log-likelihood"]
+    assert 0 < 64 * log(255) - bound.value < 64 * 0.25  # a normal cannot be flat: ½ log(2πe/12) a number
+    white = find_measure("calibration").compute(run, black, Settings(images=40))["white"]
+    assert white.value == pytest.approx(1, abs=0.1)

@@ -28,7 +28,7 @@ from covae_core.calibration import Calibration, calibrate_on, parts_of
 from covae_core.densities import Density
 from covae_core.images import channels_last
 from covae_core.surprise import surprise
-from covae_train.data import FEWEST, ImageData
+from covae_train.data import FEWEST, ImageData, in_units
 from covae_train.errors import CheckpointError, DataError
 from covae_train.heads import at_draw, fit, kept, start_variance
 from covae_train.image_model import FLOOR, FittedSpread, ImageModel, Vae
@@ -96,16 +96,18 @@ def calibrate_model(
     data: str,
     run_digest: str,
     seed: int = 0,
+    dequantise: bool = False,
 ) -> FittedCalibration:
     """Fit a spread to the first of the images and score others; the model gets the spread.
 
-    images: (N, C, H, W) uint8, none of them trained on, FEWEST at least; a pure function of its arguments.
+    images: (N, C, H, W) uint8, none of them trained on, FEWEST at least; dequantise: those that the spread is fitted
+    to, as the training's were; a pure function of its arguments.
     """
     first, scored = split(images)
     spread = None
     if isinstance(model, Vae):
         model.spread = None
-        spread = model.spread = fit_spread(model, first, seed)
+        spread = model.spread = fit_spread(model, first, seed, dequantise)
     parts = [parts_of_images(model, part) for part in (first, scored)]
     return FittedCalibration(spread, calibrate_on(data, run_digest, *parts))
 
@@ -121,20 +123,20 @@ def parts_of_images(model: ImageModel, images: Tensor) -> dict[str, np.ndarray[A
     """The parts of the images' scores, (N,) each; see `covae_core.calibration.parts_of`. images: (N, C, H, W) uint8"""
     rows = []
     for batch in torch.split(images, BATCH):
-        found = surprise(model, batch.float() / 255)
+        found = surprise(model, in_units(batch))
         values = {name: value.numpy() for name, value in found._asdict().items()}
         rows.append(parts_of(channels_last(batch.numpy()), **values))
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 @torch.no_grad()
-def fit_spread(model: Vae, images: Tensor, seed: int) -> FittedSpread:
+def fit_spread(model: Vae, images: Tensor, seed: int, dequantise: bool = False) -> FittedSpread:
     """The likeliest variance and columns' scales for images at draws from their posteriors, all else standing still.
 
     images: (N, C, H, W) uint8
     """
     random = torch.Generator().manual_seed(seed)
-    units = (part.float() / 255 for part in torch.split(images, BATCH))
+    units = (in_units(part, random if dequantise else None) for part in torch.split(images, BATCH))
     features, pixels = kept(at_draw(model, Batch(unit, model.latent_noise((len(unit),), random))) for unit in units)
     rank = getattr(model.head.scoring_density(features[:2]), "rank", 0)
     learned = getattr(model.head, "variance", None)

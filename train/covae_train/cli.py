@@ -320,7 +320,7 @@ def calibrate_run(folder: Path, data: ImageData, limit: int | None, console: Con
 
     run = load_run(folder, calibrated=False)
     what, images = unseen_images(data, limit)
-    found = calibrate_model(run.model, images, run.config.data, run.digest, run.config.seed)
+    found = calibrate_model(run.model, images, run.config.data, run.digest, run.config.seed, run.config.dequantise)
     save_calibration(folder, found)
     fitted = "" if found.spread is None else f"a variance fitted to {len(split(images)[0]):,} images, "
     console.print(

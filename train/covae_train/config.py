@@ -33,6 +33,11 @@ class TrainedOptions(Options):
     epochs: PositiveInt = Field(20, description="passes over the training images, all phases together")
     batch_size: int = Field(ge=2, description="images per step; the objective is per image")
     learning_rate: PositiveFloat = Field(description="Adam's")
+    dequantise: bool = Field(
+        False,
+        description="train on images with uniform noise of one of the 256 grey levels, so that a likelihood is one of "
+        "grey levels, and nothing is gained by being sure of exact ones",
+    )
 
 
 class RunConfig(BaseModel):
@@ -52,6 +57,11 @@ class RunConfig(BaseModel):
     flips: bool = False
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     options: SerializeAsAny[Options]
+
+    @property
+    def dequantise(self) -> bool:
+        """Whether the run sees images with noise of one grey level."""
+        return bool(getattr(self.options, "dequantise", False))
 
     @property
     def image_size(self) -> int:

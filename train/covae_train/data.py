@@ -61,6 +61,18 @@ SOURCES = {
 }
 
 
+def in_units(images: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    """Images (N, C, H, W) uint8 on [0, 1]; with noise, each value anywhere within its grey level, evenly.
+
+    The levels are 1/255 apart and keep their middles, so a density of dequantised images, at a grey level, is about
+    255 times the level's probability, for each of an image's numbers (Theis et al. 2016, section 3.1).
+    """
+    levels = images.float()
+    if noise is not None:
+        levels = levels + torch.rand(levels.shape, generator=noise).to(levels.device) - 0.5
+    return levels / 255
+
+
 @dataclass(frozen=True)
 class ImageData:
     """Training and held-out images, uint8, and validation images if the data has a split of them beside `test`.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from covae_core.errors import NotFinite
 from covae_train.config import RunConfig
-from covae_train.data import ImageData
+from covae_train.data import ImageData, in_units
 from covae_train.errors import CheckpointError, DataError, TrainingError
 from covae_train.families import build_model, find_family
 from covae_train.objective import Batch, Multipliers, Terms
@@ -186,11 +186,12 @@ class Trainer:
         if self.config.flips:
             mirrored = torch.rand(len(images), generator=self.random) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return self._scaled(images)
+        return self._scaled(images, self.random)
 
-    def _scaled(self, images: Tensor) -> Tensor:
-        """Bytes as floats on [0, 1], where and how the model wants them."""
-        return (images.to(self.device).float() / 255).contiguous(memory_format=self.layout)
+    def _scaled(self, images: Tensor, random: torch.Generator) -> Tensor:
+        """Bytes on [0, 1], dequantised where the configuration says so, where and how the model wants them."""
+        units = in_units(images.to(self.device), random if self.config.dequantise else None)
+        return units.contiguous(memory_format=self.layout)
 
     def _noise(self, rows: int, random: torch.Generator) -> dict[str, Tensor]:
         return {name: noise.to(self.device) for name, noise in self.model.latent_noise((rows,), random).items()}
@@ -374,13 +375,14 @@ class _TrainingImages:
         random = torch.Generator().manual_seed(trainer.config.seed)
         chosen = torch.randperm(len(trainer.data.train), generator=random)[:limit]
         for rows in torch.split(chosen, trainer.batch_size):
-            images = trainer._scaled(trainer.data.train[rows])
+            images = trainer._scaled(trainer.data.train[rows], random)
             yield Batch(images, trainer._noise(len(rows), random))
 
     def images(self) -> Iterator[Tensor]:
         """All images once, in their order, (B, C, H, W) in [0, 1] each."""
+        random = torch.Generator().manual_seed(self._trainer.config.seed)
         for rows in torch.split(self._trainer.data.train, FIT_BATCH):
-            yield self._trainer._scaled(rows)
+            yield self._trainer._scaled(rows, random)
 
 
 def is_narrow(model: nn.Module) -> bool:

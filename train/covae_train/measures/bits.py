@@ -7,12 +7,13 @@ from math import log
 
 import torch
 
-from covae_train.data import ImageData
+from covae_train.data import ImageData, in_units
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.measures.bound import bounds_of_units
 from covae_train.run import TrainedRun
 
-LEVELS = 256
+# The distances between grey levels on [0, 1].
+STEPS = 255
 
 
 @torch.no_grad()
@@ -23,17 +24,16 @@ def degrees_of(run: TrainedRun) -> int:
 
 
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
-    """−log₂ p of a grey level, the density being over [0, 1]: 8 bits for the uniform density.
+    """−log₂ p of a grey level, the density being over [0, 1]: 8 bits, all but 0.006, for the uniform density.
 
     As they are, 8-bit images lie on a grid, on which a density can be as high as its least variance allows; with
-    uniform noise of one level, (255 x + u) / 256, no model has fewer bits than a code for the levels needs on average.
+    uniform noise of one level no model has fewer bits than a code for the levels needs on average.
     """
-    units = data.held_out[: settings.images].float() / 255
-    noise = torch.rand(units.shape, generator=torch.Generator().manual_seed(settings.seed))
+    images, noise = data.held_out[: settings.images], torch.Generator().manual_seed(settings.seed)
     found, degrees = {}, degrees_of(run)
-    for name, images in (("as they are", units), ("dequantised", (255 * units + noise) / LEVELS)):
-        bounds, _ = bounds_of_units(run, images, settings.samples, settings.seed)
-        found[f"bits per dimension, {name}"] = mean_of(-bounds / (degrees * log(2)) + log(LEVELS) / log(2))
+    for name, units in (("as they are", in_units(images)), ("dequantised", in_units(images, noise))):
+        bounds, _ = bounds_of_units(run, units, settings.samples, settings.seed)
+        found[f"bits per dimension, {name}"] = mean_of(-bounds / (degrees * log(2)) + log(STEPS) / log(2))
     return found
 
 

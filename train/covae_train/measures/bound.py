@@ -24,9 +24,10 @@ def importance_bounds(
 ) -> tuple[Tensor, Tensor]:
     """The importance-weighted bound log (1/K) Σ wₖ and the ELBO (1/K) Σ log wₖ of each image, in nats.
 
-    Both are log p(x) itself for a model without latents. images: (N, C, H, W) uint8; returns two of (N,) float64
+    Both are log p(x) itself for a model without latents. images: (N, C, H, W) uint8, dequantised if the run's were, and
+    then the bound is one of the log-probability of the grey levels, plus log 255 a number; returns two of (N,) float64
     """
-    return bounds_of_units(run, images.float() / 255, num_samples, seed, on_image)
+    return bounds_of_units(run, run.units(images, seed), num_samples, seed, on_image)
 
 
 @torch.no_grad()

@@ -34,17 +34,16 @@ class Whitened(NamedTuple):
 def whitened(run: TrainedRun, images: Tensor, seed: int) -> Whitened:
     """Of images at one draw each from their posteriors, under the density to score with, in float64.
 
-    images: (N, C, H, W) uint8
+    images: (N, C, H, W) uint8, dequantised if the run's were
     """
     random = torch.Generator().manual_seed(seed)
     squares, along, residuals, kls, whites = [], [], [], [], []
-    for batch in torch.split(images, BATCH):
-        pixels = batch.float() / 255
+    for pixels in torch.split(run.units(images, seed), BATCH):
         latents: dict[str, Tensor] = {}
-        kl = torch.zeros(len(batch))
+        kl = torch.zeros(len(pixels))
         if run.model.latents:
-            latents, kl = encoded(run.model, Batch(pixels, run.model.latent_noise((len(batch),), random)))
-        density = run.model.scoring_density(latents, len(batch)).to(torch.float64)
+            latents, kl = encoded(run.model, Batch(pixels, run.model.latent_noise((len(pixels),), random)))
+        density = run.model.scoring_density(latents, len(pixels)).to(torch.float64)
         assert isinstance(density, Whitening)
         white = density.whiten(pixels.double())
         squares.append(white.square().sum((1, 2, 3)) / density.degrees)

@@ -18,7 +18,7 @@ from torch import Tensor
 from covae_core.densities import Whitening
 from covae_core.surprise import density_at_means, patch_sums
 from covae_train.calibration import untouched
-from covae_train.data import ImageData
+from covae_train.data import ImageData, in_units
 from covae_train.measures import Estimate, Settings, auroc, mean_of, needs_encoder, paired_measure, register
 from covae_train.run import TrainedRun
 
@@ -40,7 +40,7 @@ def residual_maps(run: TrainedRun, images: Tensor) -> Whitenings:
     """
     found: dict[str, list[Tensor]] = {"whitened": [], "each pixel alone": []}
     for batch in torch.split(images, BATCH):
-        pixels = batch.float() / 255
+        pixels = in_units(batch)
         _, density = density_at_means(run.model, pixels)
         assert isinstance(density, Whitening)
         found["whitened"].append(density.whiten(pixels.double()))

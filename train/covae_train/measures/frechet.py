@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from covae_train.data import ImageData, labels_of
+from covae_train.data import ImageData, in_units, labels_of
 from covae_train.measures import Estimate, Measure, Settings, register
 from covae_train.measures.parzen import samples_of
 from covae_train.run import TrainedRun
@@ -64,12 +64,12 @@ def classifier(data: str, image_shape: tuple[int, int, int], column: str | None)
     for step in range(STEPS):
         rows = order[torch.randint(len(order), (BATCH,), generator=random)]
         adam.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        loss = nn.functional.cross_entropy(network(images[rows].float() / 255), labels[rows])
+        loss = nn.functional.cross_entropy(network(in_units(images[rows])), labels[rows])
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
     network.eval().requires_grad_(False)
-    right = torch.cat([network(part.float() / 255).argmax(1) for part in torch.split(tested, 500)]) == truth
+    right = torch.cat([network(in_units(part)).argmax(1) for part in torch.split(tested, 500)]) == truth
     return network, float(right.double().mean())
 
 
@@ -88,7 +88,7 @@ def frechet(first: Tensor, second: Tensor) -> float:
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
     """Of SAMPLES samples and as many decoded means at latents from the prior, against the held-out images."""
     network, accuracy = classifier(run.config.data, run.config.image_shape, run.config.column)
-    real = torch.cat([network.features(part.float() / 255) for part in torch.split(data.held_out, 500)])
+    real = torch.cat([network.features(in_units(part)) for part in torch.split(data.held_out, 500)])
     figures = {}
     for name, means in (("samples", False), ("decoded means", True)):
         rows = samples_of(run, SAMPLES, settings.seed, means).float().reshape(-1, *data.held_out.shape[1:])

@@ -13,7 +13,7 @@ from math import log
 import torch
 
 from covae_core.importance import importance_weights
-from covae_train.data import ImageData
+from covae_train.data import ImageData, in_units
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.run import TrainedRun
 
@@ -30,7 +30,7 @@ def needs(run: TrainedRun) -> str | None:
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
     """Of the first held-out images, IMAGES at most."""
     random = torch.Generator().manual_seed(settings.seed)
-    images = data.held_out[: min(IMAGES, settings.images)].float() / 255
+    images = in_units(data.held_out[: min(IMAGES, settings.images)])
     started = time.perf_counter()
     rows = []
     for image in images:

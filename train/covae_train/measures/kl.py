@@ -8,7 +8,7 @@ from math import log, pi
 import torch
 from torch import Tensor
 
-from covae_train.data import ImageData
+from covae_train.data import ImageData, in_units
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.run import TrainedRun
 
@@ -26,7 +26,7 @@ def codes(run: TrainedRun, images: Tensor, seed: int) -> tuple[Tensor, Tensor, T
     random = torch.Generator().manual_seed(seed)
     rows: list[tuple[Tensor, ...]] = []
     for batch in torch.split(images, ROWS):
-        posteriors = {name: item.to(torch.float64) for name, item in run.model.posteriors(batch.float() / 255).items()}
+        posteriors = {name: item.to(torch.float64) for name, item in run.model.posteriors(in_units(batch)).items()}
         noise = run.model.latent_noise((len(batch),), random)
         parts = [(item.mean, item.scale, item.draw(noise[name].double())) for name, item in posteriors.items()]
         kls = [item.kl(run.model.prior(name)) for name, item in posteriors.items()]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from covae_core.densities.factored import Factored
-from covae_train.data import ImageData
+from covae_train.data import ImageData, in_units
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.run import TrainedRun
 
@@ -23,7 +23,7 @@ def errors(run: TrainedRun, images: Tensor) -> Tensor:
     """
     rows = []
     for batch in torch.split(images, BATCH):
-        pixels = batch.float() / 255
+        pixels = in_units(batch)
         rows.append((_reconstructed(run, pixels) - pixels).double())
     return torch.cat(rows)
 
