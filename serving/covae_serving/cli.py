@@ -18,8 +18,19 @@ def serve(
         list[str] | None, typer.Option(help="Operations to serve, repeated or comma-separated; none: all.")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 picks a free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Metrics port; 0 picks a free one.")] = 8002,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Metrics port; 0 picks a free one.  [8002; with --port 0 a free one]"),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. gRPC asks nobody who they are.")] = "127.0.0.1",
+    open_protocols: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--open",
+            metavar="PROTOCOL",
+            help="What clients may use without a key: statistics (as NVIDIA's perf_analyzer needs), trace, logging.",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")] = False,
 ) -> None:
     """Serve models on NVIDIA Triton until Ctrl-C, and heal what dies meanwhile.
@@ -30,7 +41,15 @@ def serve(
 
     log_to_stderr(verbose)
     wanted = [part.strip() for text in operations or [] for part in text.split(",") if part.strip()]
-    service = Service(repository, names or [], wanted, grpc_port=port, metrics_port=metrics_port, host=host)
+    service = Service(
+        repository,
+        names or [],
+        wanted,
+        grpc_port=port,
+        metrics_port=metrics_port,
+        host=host,
+        open_protocols=open_protocols or [],
+    )
     run_until_signal(service)
 
 

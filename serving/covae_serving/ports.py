@@ -6,29 +6,45 @@ import socket
 
 from covae_serving.errors import ServingError
 
+LOOPBACK = "127.0.0.1"
 
-def choose_ports(host: str, asked: tuple[int, int]) -> tuple[int, int]:
-    """The ports for gRPC and metrics: those asked for, a free one for each 0.
+
+def choose_ports(host: str, asked: int) -> tuple[int, int]:
+    """The ports for gRPC, the one asked for or, for 0, a free one; and for Triton's own metrics, on this machine only.
 
     Nothing holds them: another program may take one before Triton does.
 
     Raises:
-        ServingError: a port asked for is taken, or the host is no address of this machine.
+        ServingError: the port asked for is taken.
     """
-    for port, option in zip(asked, ("--port", "--metrics-port"), strict=True):
-        if port and not is_free(host, port):
-            raise ServingError(
-                f"{host}:{port} cannot be bound (in use, or not an address of this machine); "
-                f"choose another {option}, or 0 for any free one"
-            )
+    if asked and not is_free(host, asked):
+        raise ServingError(cannot_be_bound(host, asked, "--port"))
     with socket.socket() as first, socket.socket() as second:
         # Both are open at once, so that they differ.
+        first.bind((host, 0))
+        second.bind((LOOPBACK, 0))
+        return asked or first.getsockname()[1], second.getsockname()[1]
+
+
+def check_host(host: str) -> None:
+    """See whether a server could listen there at all.
+
+    Raises:
+        ServingError: the host is no address of this machine.
+    """
+    with socket.socket() as listener:
         try:
-            for listener in (first, second):
-                listener.bind((host, 0))
+            listener.bind((host, 0))
         except OSError as error:
             raise ServingError(f"--host: {host!r} is no IPv4 address of this machine ({error})") from error
-        return asked[0] or first.getsockname()[1], asked[1] or second.getsockname()[1]
+
+
+def cannot_be_bound(host: str, port: int, option: str) -> str:
+    """What to do when a server cannot listen."""
+    return (
+        f"{host}:{port} cannot be bound (in use, or not an address of this machine); "
+        f"choose another {option}, or 0 for any free one"
+    )
 
 
 def is_free(host: str, port: int) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import secrets
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +15,8 @@ from covae_serving.connection import KEY_NAME, RESTRICTED, Connection
 from covae_serving.errors import ServingError
 from covae_serving.health import NO_ANSWER, Timing
 from covae_serving.installation import find_installation, has_gpu
-from covae_serving.ports import choose_ports, is_free
+from covae_serving.metrics import fetch_page
+from covae_serving.ports import LOOPBACK, choose_ports, is_free
 from covae_serving.probe import probe_request
 from covae_serving.process import TritonProcess
 from covae_serving.regions import Regions, remove_stale
@@ -67,21 +66,24 @@ class Server:
         repository: Path,
         models: Sequence[ServedModel],
         host: str,
-        ports: tuple[int, int],
+        port: int,
         timing: Timing,
         stopping: Callable[[], bool],
+        open_protocols: Sequence[str] = (),
     ) -> None:
+        self._restricted = [name for name in RESTRICTED if name not in open_protocols]
         self.ports: tuple[int, int] | None = None
         self.stubs: dict[str, list[Stub]] = {}
         self._repository = repository
         self.models = {model.model_name: model for model in models}
         # Those that answered in the Triton that runs now; their `models` entry says in which versions.
         self._served: set[str] = set()
-        self._host = "127.0.0.1" if host == "localhost" else host
-        self._asked_ports = ports
+        self._host = LOOPBACK if host == "localhost" else host
+        self._asked_port = port
         self._timing = timing
         self._stopping = stopping
         self._process: TritonProcess | None = None
+        self._metrics_url = ""
         self._connection: Connection | None = None
         self._installation = find_installation()
         try:
@@ -102,6 +104,10 @@ class Server:
             raise ServingError("Triton does not run; call launch() first")
         return self._connection
 
+    def metrics_page(self) -> bytes:
+        """The page of the Triton that runs now; empty if none does. Any thread may ask."""
+        return fetch_page(self._metrics_url) if self._metrics_url else b""
+
     def launch(self) -> dict[str, str]:
         """Start Triton and wait until every model has been tried with a real inference.
 
@@ -116,12 +122,12 @@ class Server:
             self.models = {name: self._read_again(model) for name, model in self.models.items()}
             return self._start(self.ports)
         for _ in range(BIND_ATTEMPTS):
-            ports = choose_ports(self._host, self._asked_ports)
+            ports = choose_ports(self._host, self._asked_port)
             try:
                 failures = self._start(ports)
             except ServingError as error:
                 # Another program may have taken a chosen port before Triton could, and let go of it since.
-                if ADDRESS_TAKEN not in str(error) and all(is_free(self._host, port) for port in ports):
+                if ADDRESS_TAKEN not in str(error) and is_free(self._host, ports[0]) and is_free(LOOPBACK, ports[1]):
                     raise
                 continue
             self.ports = ports
@@ -202,6 +208,7 @@ class Server:
             self._connection.close()
         self._regions.clear()
         self._process = self._connection = None
+        self._metrics_url = ""
         self.stubs, self._served = {}, set()
 
     def kill(self) -> None:
@@ -228,8 +235,9 @@ class Server:
     def _start(self, ports: tuple[int, int]) -> dict[str, str]:
         key, identity = secrets.token_hex(16), f"covae-{secrets.token_hex(8)}"
         # Triton listens on every interface for 0.0.0.0; this process needs one that it can connect to.
-        near = "127.0.0.1" if self._host == "0.0.0.0" else self._host
+        near = LOOPBACK if self._host == "0.0.0.0" else self._host
         self._connection = Connection(f"{near}:{ports[0]}", key)
+        self._metrics_url = f"http://{LOOPBACK}:{ports[1]}/metrics"
         self._process = TritonProcess(
             self._command(ports, key, identity), self._installation.environment(self._regions.folder)
         )
@@ -237,7 +245,7 @@ class Server:
         try:
             self._wait_until(lambda: self._answers_as(identity), deadline)
             # Triton answers over gRPC for a moment even when it is about to exit because the metrics port was taken.
-            self._wait_until(lambda: has_metrics(f"http://{near}:{ports[1]}/metrics"), deadline)
+            self._wait_until(lambda: b"nv_inference" in self.metrics_page(), deadline)
             failures = self._failures(deadline)
             for name in self.models.keys() - failures.keys():
                 self._remember(name)
@@ -269,8 +277,8 @@ class Server:
             "--allow-http=false",
             f"--grpc-address={self._host}",
             f"--grpc-port={ports[0]}",
-            f"--grpc-restricted-protocol={','.join(RESTRICTED)}:{KEY_NAME}={key}",
-            f"--metrics-address={self._host}",
+            f"--grpc-restricted-protocol={','.join(self._restricted)}:{KEY_NAME}={key}",
+            f"--metrics-address={LOOPBACK}",
             f"--metrics-port={ports[1]}",
             f"--allow-gpu-metrics={str(has_gpu()).lower()}",
             *(f"--backend-config=python,{name}={value}" for name, value in settings.items()),
@@ -328,17 +336,6 @@ class Server:
 
     def _find_stubs(self, model_name: str) -> list[Stub]:
         return find_stubs(self._regions.prefix, model_name)
-
-
-def has_metrics(url: str) -> bool:
-    """Whether a Triton serves its metrics there."""
-    # A proxy for the outside world is no way to this machine's own server.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=CONNECT_S) as page:
-            return b"nv_inference" in page.read()
-    except (OSError, http.client.HTTPException):
-        return False
 
 
 def readable(reason: str) -> str:

@@ -14,11 +14,17 @@ from typing import Self
 
 from covae_serving.errors import ServingError
 from covae_serving.health import Fault, Timing, Watch
+from covae_serving.metrics import MetricsPage, SupervisorMetrics
+from covae_serving.ports import check_host
 from covae_serving.repository import ServedModel, read_repository
 from covae_serving.server import ModelRefusedError, Server, Stopped
 
 LOG = logging.getLogger("covae.serve")
 TICK_S = 0.1
+METRICS_PORT = 8002
+# Not shared memory, nor loading models: with these whoever asks may run code as the server.
+OPENABLE = ("statistics", "trace", "logging")
+NO_ADDRESS = "the service has no address before it is started"
 BACKOFF_FIRST_S = 2.0
 BACKOFF_LAST_S = 60.0
 
@@ -38,12 +44,15 @@ class Service:
         repository: the folder that `covae export` wrote.
         names: model NAMEs to serve; none means all.
         operations: operations to serve; none means all.
-        grpc_port, metrics_port: 0 picks free ones.
+        grpc_port, metrics_port: 0 picks free ones; by default metrics are at 8002, or with gRPC at a free one.
         host: the address to listen on. gRPC asks nobody who they are: think before you leave 127.0.0.1.
         timing: the supervisor's patience.
+        open_protocols: what clients may use without the service's key: statistics (Triton's counters, which NVIDIA's
+            perf_analyzer reads), trace and logging settings. Whoever reaches the server may then read or change these.
 
     Raises:
-        ServingError: the repository is missing or broken; the message names the file and the next step.
+        ServingError: a protocol is none of these, or the repository is missing or broken; the message names the file
+            and the next step.
     """
 
     def __init__(
@@ -53,15 +62,23 @@ class Service:
         operations: Sequence[str] = (),
         *,
         grpc_port: int = 8001,
-        metrics_port: int = 8002,
+        metrics_port: int | None = None,
         host: str = "127.0.0.1",
         timing: Timing | None = None,
+        open_protocols: Sequence[str] = (),
     ) -> None:
+        unknown = [name for name in open_protocols if name not in OPENABLE]
+        if unknown:
+            raise ServingError(f"open_protocols: found {unknown[0]!r}; expected some of {', '.join(OPENABLE)}")
+        self._open_protocols = tuple(open_protocols)
         self.models: tuple[ServedModel, ...] = read_repository(repository, names, operations)
         self._repository = repository
         self._host = host
-        self._ports = (grpc_port, metrics_port)
+        self._grpc_port = grpc_port
+        self._metrics_port = (METRICS_PORT if grpc_port else 0) if metrics_port is None else metrics_port
         self._timing = timing or Timing()
+        self._metrics = SupervisorMetrics(self.models)
+        self._page: MetricsPage | None = None
         self._server: Server | None = None
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -103,12 +120,16 @@ class Service:
     @property
     def grpc_address(self) -> str:
         """HOST:PORT for clients."""
-        return f"{self._host}:{self._chosen_ports()[0]}"
+        if self._server is None or self._server.ports is None:
+            raise ServingError(NO_ADDRESS)
+        return f"{self._host}:{self._server.ports[0]}"
 
     @property
     def metrics_url(self) -> str:
         """Where Prometheus finds the metrics."""
-        return f"http://{self._host}:{self._chosen_ports()[1]}/metrics"
+        if self._page is None:
+            raise ServingError(NO_ADDRESS)
+        return f"http://{self._host}:{self._page.port}/metrics"
 
     def request_stop(self) -> None:
         """Begin to stop and return at once; safe in a signal handler."""
@@ -151,25 +172,35 @@ class Service:
     ) -> None:
         self.stop()
 
-    def _chosen_ports(self) -> tuple[int, int]:
-        if self._server is None or self._server.ports is None:
-            raise ServingError("the service has no address before it is started")
-        return self._server.ports
-
     def _stopping(self) -> bool:
         return self.stop_requested
 
     def _run(self) -> None:
         try:
-            self._server = Server(self._repository, self.models, self._host, self._ports, self._timing, self._stopping)
+            check_host(self._host)
+            self._server = Server(
+                self._repository,
+                self.models,
+                self._host,
+                self._grpc_port,
+                self._timing,
+                self._stopping,
+                self._open_protocols,
+            )
             try:
+                self._page = MetricsPage(
+                    self._host, self._metrics_port, self._metrics.registry, self._server.metrics_page
+                )
                 failures = self._server.launch()
                 if failures:
                     self._server.discard()
                     raise ServingError("\n".join(f"{name} does not answer: {why}" for name, why in failures.items()))
+                self._metrics.up()
                 self._ready.set()
-                Supervisor(self._server, self._timing, self._stopping).run()
+                Supervisor(self._server, self._timing, self._stopping, self._metrics).run()
             finally:
+                if self._page is not None:
+                    self._page.close()
                 self._server.stop()
         except Stopped:
             pass
@@ -184,7 +215,10 @@ class Service:
 class Supervisor:
     """Watches the models of one server and heals them until `stopping` says yes."""
 
-    def __init__(self, server: Server, timing: Timing, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self, server: Server, timing: Timing, stopping: Callable[[], bool], metrics: SupervisorMetrics
+    ) -> None:
+        self._metrics = metrics
         self._server = server
         self._timing = timing
         self._stopping = stopping
@@ -231,6 +265,7 @@ class Supervisor:
     def _heal(self, name: str, fault: Fault) -> None:
         began = time.monotonic()
         LOG.error("%s: %s; loading it anew", name, fault.reason)
+        self._metrics.model_down(name)
         watch = self._watches.pop(name, None)
         if watch:
             watch.close()
@@ -247,11 +282,14 @@ class Supervisor:
         else:
             self._broken.pop(name, None)
             self._watches[name] = self._watch(name, self._timing.probe_every_s)
-            LOG.warning("%s: answers again after %.1f s", name, time.monotonic() - began)
+            took = time.monotonic() - began
+            self._metrics.healed(name, took)
+            LOG.warning("%s: answers again after %.1f s", name, took)
 
     def _restart(self, reason: str) -> None:
         began = time.monotonic()
         LOG.error("%s; starting Triton again", reason)
+        self._metrics.down()
         self._forget_all()
         retry = Backoff()
         while not self._launch_again():
@@ -261,7 +299,9 @@ class Supervisor:
                 if self._stopping():
                     raise Stopped
                 time.sleep(TICK_S)
-        LOG.warning("Triton answers again after %.1f s", time.monotonic() - began)
+        took = time.monotonic() - began
+        self._metrics.restarted(took)
+        LOG.warning("Triton answers again after %.1f s", took)
 
     def _launch_again(self) -> bool:
         self._server.discard()
@@ -273,6 +313,7 @@ class Supervisor:
         self._broken = {name: retry for name, retry in self._broken.items() if name in failures}
         for name, why in failures.items():
             self._give_up_for_now(name, why)
+        self._metrics.up(failing=failures)
         self._watch_all()
         return True
 

@@ -11,6 +11,7 @@ import socket
 import sys
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes.util import find_library
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,16 @@ def test_protocols_that_change_or_reveal_the_server_need_the_key(caller, method,
     assert caller.infer("toy_decode", latent=LATENT)["mean"].shape == (1, 1, 2, 2)
 
 
+def test_statistics_can_be_opened_and_no_more(toy_repository, serve, connect):
+    caller = connect(serve(toy_repository, operations=["decode"], open_protocols=["statistics"]).grpc_address)
+    found = caller.stub.ModelStatistics(messages.ModelStatisticsRequest(name="toy_decode"))
+    assert [model.name for model in found.model_stats] == ["toy_decode"]
+    with pytest.raises(grpc.RpcError, match="restricted"):
+        caller.stub.RepositoryIndex(messages.RepositoryIndexRequest())
+    with pytest.raises(ServingError, match="found 'model-repository'; expected some of statistics, trace, logging"):
+        Service(toy_repository, open_protocols=["model-repository"])
+
+
 def ip_address(words: str) -> str:
     """The kernel's notation, little-endian words of 32 bits; an IPv4 address mapped into IPv6 comes back as IPv4."""
     packed = b"".join(bytes.fromhex(words[start : start + 8])[::-1] for start in range(0, len(words), 8))
@@ -84,8 +95,10 @@ def ip_address(words: str) -> str:
 
 def listening(pid: int) -> set[tuple[str, int]]:
     """The addresses and ports that a process listens on."""
-    sockets = {path.readlink().name for path in Path(f"/proc/{pid}/fd").iterdir() if "socket" in str(path.readlink())}
-    found = set()
+    sockets, found = set(), set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that lists them
+            sockets.add(path.readlink().name)
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
@@ -95,14 +108,15 @@ def listening(pid: int) -> set[tuple[str, int]]:
     return found
 
 
-def test_triton_listens_for_grpc_and_metrics_on_this_machine_only(service, own_stubs):
+def test_the_service_listens_on_this_machine_only(service, own_stubs):
     triton = os.getpgid(own_stubs()[0].pid)
     metrics_port = int(re.search(r":(\d+)/", service.metrics_url)[1])
 
-    assert listening(triton) == {
-        ("127.0.0.1", int(service.grpc_address.partition(":")[2])),
-        ("127.0.0.1", metrics_port),
-    }
+    found = listening(triton)
+    assert ("127.0.0.1", int(service.grpc_address.partition(":")[2])) in found
+    assert len(found) == 2, "gRPC, and metrics for the supervisor"
+    assert {address for address, _ in found} == {"127.0.0.1"}
+    assert ("127.0.0.1", metrics_port) in listening(os.getpid())
 
 
 def test_another_address_comes_with_a_warning(toy_repository, serve, connect, caplog):

@@ -11,15 +11,20 @@ instance. It reads the keys that NVIDIA's C++ backend of the same name reads, so
 It differs where a wrong answer would pass in silence: it refuses NaN and infinite inputs, each request on its own, and
 it holds the graph and every output against the config. `share_session_between_instances` has no meaning here.
 
+Triton's metrics page gets true histograms from it, which add up over instances and servers (`Meter`).
+
 The file stands alone: Triton's stub imports it with nothing but NumPy, ONNX Runtime and Triton's own module.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -71,6 +76,13 @@ TENSORRT_NAMES = {
     "int8_calibration_table_name": "trt_int8_calibration_table_name",
     "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
 }
+
+
+# The supervisor's own inferences, which are no user's; `covae_serving.probe` sends this id.
+PROBE_ID = "covae-probe"
+# From 0.1 ms to 52 s, each twice the one before.
+SECONDS = [1e-4 * 2**k for k in range(20)]
+ROWS = [2**k for k in range(9)]
 
 
 class LoadError(ValueError):
@@ -125,6 +137,7 @@ class Job:
     inputs: Arrays
     rows: int
     wanted: tuple[str, ...]
+    probe: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -158,21 +171,26 @@ class TritonPythonModel:
             check_signature("output", self.outputs, self.session.get_outputs(), self.batched)
         except LoadError as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from error
+        self.meter = Meter(config["name"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request: those that can run together run as one batch, a bad one gets its own error."""
         responses: list[Any] = [None] * len(requests)
         batches: dict[object, list[Job]] = {}
+        watch = Stopwatch()
         for index, request in enumerate(requests):
             try:
                 job = self._read(index, request)
             except RequestError as error:
                 responses[index] = failure(str(error), pb_utils.TritonError.INVALID_ARG)
+                self.meter.count("refused")
             else:
                 batches.setdefault(job.shapes if self.batched else index, []).append(job)
         for jobs in batches.values():
-            for index, response in self._answer(jobs):
+            for index, response in self._answer(jobs, watch):
                 responses[index] = response
+            if not all(job.probe for job in jobs):
+                self.meter.observe(watch, sum(job.rows for job in jobs))
         return responses
 
     def _read(self, index: int, request: Any) -> Job:
@@ -186,18 +204,22 @@ class TritonPythonModel:
         rows = {name: array.shape[0] for name, array in inputs.items()} if self.batched else {}
         if len(set(rows.values())) > 1:
             raise RequestError(f"the inputs disagree on the number of rows: {rows}; send the same number in each")
-        return Job(index, inputs, max(rows.values(), default=1), tuple(request.requested_output_names()))
+        probe = request.request_id() == PROBE_ID
+        return Job(index, inputs, max(rows.values(), default=1), tuple(request.requested_output_names()), probe)
 
-    def _answer(self, jobs: Sequence[Job]) -> list[tuple[int, Any]]:
+    def _answer(self, jobs: Sequence[Job], watch: Stopwatch) -> list[tuple[int, Any]]:
         try:
-            outputs = self._run(jobs)
+            outputs = self._run(jobs, watch)
         except OutputError as error:
+            self._count(jobs, "failed")
             return [(job.index, failure(str(error), pb_utils.TritonError.INTERNAL)) for job in jobs]
         except Exception as error:
             if len(jobs) > 1:
                 # One request's values may be what the graph failed on; its neighbours must not pay for it.
-                return [answer for job in jobs for answer in self._answer([job])]
+                return [answer for job in jobs for answer in self._answer([job], watch)]
+            self._count(jobs, "failed")
             return [(jobs[0].index, failure(f"ONNX Runtime failed: {error}", pb_utils.TritonError.INTERNAL))]
+        self._count(jobs, "answered")
         answers = []
         start = 0
         for job in jobs:
@@ -211,7 +233,12 @@ class TritonPythonModel:
             start = stop
         return answers
 
-    def _run(self, jobs: Sequence[Job]) -> Arrays:
+    def _count(self, jobs: Sequence[Job], outcome: str) -> None:
+        users = sum(not job.probe for job in jobs)
+        if users:
+            self.meter.count(outcome, users)
+
+    def _run(self, jobs: Sequence[Job], watch: Stopwatch) -> Arrays:
         binding = self.session.io_binding()
         for name, array in concatenate(jobs).items():
             binding.bind_cpu_input(name, array)
@@ -219,10 +246,83 @@ class TritonPythonModel:
         outputs = [tensor for tensor in self.outputs if tensor.name in wanted]
         for tensor in outputs:
             binding.bind_output(tensor.name, "cpu")
+        watch.lap("input")
         self.session.run_with_iobinding(binding, self.run_options)
+        watch.lap("compute")
         rows = sum(job.rows for job in jobs) if self.batched else None
         arrays = binding.copy_outputs_to_cpu()
         return {tensor.name: check_output(tensor, array, rows) for tensor, array in zip(outputs, arrays, strict=True)}
+
+
+class Stopwatch:
+    """Seconds of each phase of an execution, added up."""
+
+    def __init__(self) -> None:
+        self.seconds = {"input": 0.0, "compute": 0.0, "output": 0.0}
+        self._since = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last lap was this phase."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._since
+        self._since = now
+
+
+class Meter:
+    """Metrics of one model on Triton's page, which Triton adds up over its instances. The supervisor's probes are left
+    out of all of them.
+
+    covae_phase_seconds{model, operation, phase}: input (reading and joining requests), compute (the graph), output
+        (checking and splitting results); one observation an executed batch
+    covae_batch_rows{model, operation}: rows of an executed batch
+    covae_requests_total{model, operation, outcome}: answered; refused, as the request was wrong; failed
+
+    Each update is a message to Triton, of 30 µs; a thread sends them while the next batch is computed.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        model, _, operation = model_name.rpartition("_")
+        labels = {"model": model, "operation": operation}
+        self._families = [
+            pb_utils.MetricFamily(name=name, description=text, kind=getattr(pb_utils.MetricFamily, kind))
+            for name, text, kind in (
+                ("covae_phase_seconds", "Seconds of each phase of an executed batch", "HISTOGRAM"),
+                ("covae_batch_rows", "Rows of an executed batch", "HISTOGRAM"),
+                ("covae_requests_total", "Requests of users, by outcome", "COUNTER"),
+            )
+        ]
+        seconds, rows, requests = self._families
+        self._phases = {
+            phase: seconds.Metric(labels=labels | {"phase": phase}, buckets=SECONDS)
+            for phase in ("input", "compute", "output")
+        }
+        self._rows = rows.Metric(labels=labels, buckets=ROWS)
+        self._requests = {
+            outcome: requests.Metric(labels=labels | {"outcome": outcome})
+            for outcome in ("answered", "refused", "failed")
+        }
+        self._updates: SimpleQueue[tuple[Any, float]] = SimpleQueue()
+        Thread(target=self._send, name="covae-meter", daemon=True).start()
+
+    def observe(self, watch: Stopwatch, rows: int) -> None:
+        """A batch was executed; what has passed since the last lap was its output. The watch begins anew."""
+        watch.lap("output")
+        for phase, seconds in watch.seconds.items():
+            self._updates.put((self._phases[phase].observe, seconds))
+            watch.seconds[phase] = 0.0
+        self._updates.put((self._rows.observe, rows))
+
+    def count(self, outcome: str, requests: int = 1) -> None:
+        """Requests had this outcome."""
+        self._updates.put((self._requests[outcome].increment, requests))
+
+    def _send(self) -> None:
+        while True:
+            update, value = self._updates.get()
+            try:
+                update(value)
+            except Exception as error:  # a metric that is lost must not end the others
+                pb_utils.Logger.log_warn(f"a metric was not updated: {error}")
 
 
 def failure(message: str, code: int) -> Any:

@@ -1,0 +1,130 @@
+"""The metrics page of a service: Triton's own, and what the supervisor knows, at one address that outlives Triton."""
+
+from __future__ import annotations
+
+import http.client
+import urllib.request
+from collections.abc import Callable, Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, generate_latest
+
+from covae_serving.errors import ServingError
+from covae_serving.ports import cannot_be_bound
+from covae_serving.repository import ServedModel
+
+FETCH_S = 0.5
+# Of a stop: how long the page's thread looks away.
+POLL_S = 0.1
+
+
+class SupervisorMetrics:
+    """What the supervisor counts, labelled as the backend's metrics are.
+
+    covae_up: 1 while Triton runs and answers
+    covae_model_up{model, operation}: 1 while it answers
+    covae_heals_total{model, operation}: how often it was loaded anew after a fault
+    covae_last_heal_seconds{model, operation}: from the fault being seen to an answer, the last time
+    covae_triton_restarts_total, covae_last_restart_seconds: the same of Triton as a whole
+    """
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self.registry = CollectorRegistry()
+        labels = ("model", "operation")
+        self._up = Gauge("covae_up", "1 while Triton runs and answers", registry=self.registry)
+        self._model_up = Gauge("covae_model_up", "1 while the model answers", labels, registry=self.registry)
+        self._heals = Counter("covae_heals_total", "Models loaded anew after a fault", labels, registry=self.registry)
+        self._last_heal = Gauge(
+            "covae_last_heal_seconds", "From a fault to an answer, the last time", labels, registry=self.registry
+        )
+        self._restarts = Counter("covae_triton_restarts_total", "Tritons started after a fault", registry=self.registry)
+        self._last_restart = Gauge(
+            "covae_last_restart_seconds", "From a fault to an answer, the last time", registry=self.registry
+        )
+        self._labels = {model.model_name: (model.name, model.operation) for model in models}
+        for labels_of in self._labels.values():
+            self._heals.labels(*labels_of)
+
+    def up(self, failing: Iterable[str] = ()) -> None:
+        """Triton answers, and so do all models but these."""
+        self._up.set(1)
+        down = set(failing)
+        for name, labels in self._labels.items():
+            self._model_up.labels(*labels).set(name not in down)
+
+    def down(self) -> None:
+        """Triton does not answer, nor does any model."""
+        self._up.set(0)
+        for labels in self._labels.values():
+            self._model_up.labels(*labels).set(0)
+
+    def model_down(self, name: str) -> None:
+        """A model does not answer."""
+        self._model_up.labels(*self._labels[name]).set(0)
+
+    def healed(self, name: str, seconds: float) -> None:
+        """A model answers again."""
+        labels = self._labels[name]
+        self._model_up.labels(*labels).set(1)
+        self._heals.labels(*labels).inc()
+        self._last_heal.labels(*labels).set(seconds)
+
+    def restarted(self, seconds: float) -> None:
+        """Triton answers again."""
+        self._restarts.inc()
+        self._last_restart.set(seconds)
+
+
+class MetricsPage:
+    """Serves `/metrics`: the supervisor's, then Triton's, fetched when the page is asked for. Closed, it is gone.
+
+    fetch: Triton's page, empty while there is none.
+
+    Raises:
+        ServingError: the port is taken, or the host is no address of this machine.
+    """
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, fetch: Callable[[], bytes]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path.partition("?")[0] != "/metrics":
+                    self.send_error(404, "the metrics are at /metrics")
+                    return
+                page = generate_latest(registry) + fetch()
+                self.send_response(200)
+                self.send_header("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)
+                self.send_header("Content-Length", str(len(page)))
+                self.end_headers()
+                self.wfile.write(page)
+
+            def log_message(self, *arguments: Any) -> None:
+                """A line for every scrape would drown the others."""
+
+        try:
+            self._server = ThreadingHTTPServer((host, port), Handler)
+        except OSError as error:
+            raise ServingError(cannot_be_bound(host, port, "--metrics-port")) from error
+        self._server.daemon_threads = True
+        self.port = int(self._server.server_address[1])
+        self._thread = Thread(target=self._server.serve_forever, args=(POLL_S,), name="covae-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def fetch_page(url: str) -> bytes:
+    """A Triton's metrics page; empty if none is served there."""
+    # A proxy for the outside world is no way to this machine's own server.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=FETCH_S) as page:
+            found: bytes = page.read()
+            return found
+    except (OSError, http.client.HTTPException):
+        return b""
