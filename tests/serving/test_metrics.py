@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from covae_client import Client
+from covae_client.errors import ServerFault
 from covae_serving.health import Timing
 from covae_serving.service import Service
 
@@ -95,6 +97,15 @@ def test_a_failed_request_is_one_of_its_outcome(service, caller):
     seeds = {"latent_seed": np.array([[1_000_000]]), "noise_seed": np.array([[0]])}
     assert caller.refusal("toy_sample", **seeds)[0] == grpc.StatusCode.INTERNAL
     becomes(service, 1, "covae_requests_total", **of("sample", outcome="failed"))
+
+
+def test_the_log_names_the_request_that_failed(tmp_path, write_toy, serve, caplog):
+    caplog.set_level("DEBUG", logger="covae.triton")
+    service = serve(write_toy(tmp_path, operations=["sample"]))
+    seeds = {"latent_seed": np.array([[1_000_000]]), "noise_seed": np.array([[0]])}
+    with Client(service.grpc_address, retry=1) as client, pytest.raises(ServerFault) as failure:
+        client.model("toy").run("sample", **seeds)
+    assert f"toy_sample: request {failure.value.request_id} failed: " in caplog.text
 
 
 def test_another_page_does_not_exist(service):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from covae_client.catalogue import find_model, list_models
 from covae_client.client import DEFAULT_ADDRESS, checked_settings
 from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
+from covae_client.metrics import Requests
 from covae_client.model import BeyondReach, ModelBase, beyond_reach, least_softness
 from covae_client.plans import REACH, Call, Conditioned, Surprised
 from covae_client.retry import ASKED_AGAIN, Attempts, Retry, Timeout
@@ -62,8 +63,9 @@ class AsyncClient:
         retry: Retry | int | None = None,
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
+        metrics: Any = None,
     ) -> None:
-        self._transport = AsyncTransport(checked_settings(address, timeout, retry, tls, headers))
+        self._transport = AsyncTransport(checked_settings(address, timeout, retry, tls, headers, metrics))
 
     def __repr__(self) -> str:
         return f"<AsyncClient of {self._transport.address}>"
@@ -196,6 +198,7 @@ class AsyncTransport:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.address = settings, settings.address
         self._triton: Any = None
+        self._requests = Requests(settings.metrics)
         self._connecting: asyncio.Lock | None = None
         self._connected = self._closed = False
         self._attempts = 0
@@ -238,12 +241,14 @@ class AsyncTransport:
         async def send(part: slice) -> None:
             nonlocal done
             async with free:
+                rows = part.stop - part.start
                 tensors = request_tensors(endpoint, call.inputs(part))
                 question = Question(endpoint.model_name, "infer", (endpoint.model_name, tensors))
-                answer = await self.call(question, outputs=wanted)
-                for tensor in endpoint.outputs:
-                    results[tensor.name][part] = checked_output(answer, tensor, part.stop - part.start, endpoint)
-            done += part.stop - part.start
+                with self._requests.one(endpoint, rows) as request:
+                    answer = await self.call(question, request.again, outputs=wanted, request_id=request.id)
+                    for tensor in endpoint.outputs:
+                        results[tensor.name][part] = checked_output(answer, tensor, rows, endpoint)
+            done += rows
             if progress is not None:
                 progress(done // call.per_unit, call.rows // call.per_unit)
 
@@ -255,7 +260,7 @@ class AsyncTransport:
                 task.cancel()
         return results
 
-    async def call(self, question: Question, **options: Any) -> Any:
+    async def call(self, question: Question, on_retry: Callable[[], None] = lambda: None, **options: Any) -> Any:
         """Call a method of tritonclient's client with deadline and retries.
 
         Raises:
@@ -263,7 +268,7 @@ class AsyncTransport:
         """
         await self._connect()
         retry = Retry(attempts=1) if question.once else self.settings.retry
-        attempts = Attempts(retry, self.settings.timeout.request_s)
+        attempts = Attempts(retry, self.settings.timeout.request_s, on_retry)
         while True:
             try:
                 return await self._attempt(question, attempts.seconds_left, **options)

@@ -167,6 +167,16 @@ RequestTimeout = Annotated[
         help="How long to wait for one request, retries included; to connect, at most 5.",
     ),
 ]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        metavar="PORT",
+        min=1,
+        max=65535,
+        help="Serve Prometheus metrics of the requests on this machine meanwhile.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.", show_default=True)]
 
 
@@ -187,6 +197,7 @@ def sample(
     ] = None,
     server: Server = "localhost:8001",
     timeout: RequestTimeout = 60.0,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Draw images from a served model and write them as PNG files."""
     from covae_client import commands
@@ -194,7 +205,7 @@ def sample(
     if out is not None and grid is not None:
         raise InvalidArgument(f"--grid, --out: found both, {grid} and {out}; expected one of them")
     folder = out or Path("samples")
-    with commands.open_model(name, server, timeout) as model:
+    with commands.open_model(name, server, timeout, metrics_port) as model:
         place = commands.sample(
             model, number=number, seed=seed, start=start, noise_seed=noise_seed, out=folder, grid=grid
         )
@@ -234,11 +245,12 @@ def edit(
     out: Annotated[Path, typer.Option("--out", help="The folder for mean.png, sample-0.png, …")] = Path("edits"),
     server: Server = "localhost:8001",
     timeout: RequestTimeout = 60.0,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Fix the opaque pixels of EDIT.png and let the rest of an image follow: mean.png, sample-0.png, …"""
     from covae_client import commands
 
-    with commands.open_model(name, server, timeout) as model:
+    with commands.open_model(name, server, timeout, metrics_port) as model:
         edited = commands.edit(
             model,
             edit_file,
@@ -285,6 +297,7 @@ def score(
     ] = 0.05,
     server: Server = "localhost:8001",
     timeout: RequestTimeout = 60.0,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Tell how likely a model holds images, and how usual that is: p-values, log p(x) from below, bits per dimension.
 
@@ -303,7 +316,7 @@ def score(
     check_writable(csv, json, None if maps is None else maps / "map.png")
     rows: list[scored_files.FileScore] = []
     try:
-        with commands.open_model(name, server, timeout) as model:
+        with commands.open_model(name, server, timeout, metrics_port) as model:
             for row in scored_files.score(model, paths, num_samples=num_samples, seed=seed, maps=maps, masks=mask):
                 rows.append(row)
     finally:  # What was scored before an error or an interrupt is not lost.

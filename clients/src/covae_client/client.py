@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from covae_client.catalogue import find_model, list_models
 from covae_client.errors import InvalidArgument
+from covae_client.metrics import metrics_in
 from covae_client.model import Model
 from covae_client.retry import Retry, Timeout
 from covae_client.transport import Settings, Tls, Transport
@@ -30,11 +32,11 @@ class Client:
     address: HOST:PORT of the server's gRPC endpoint; `dns:///HOST:PORT` spreads requests over all hosts of that name.
     timeout: a `Timeout`, or seconds for one request with all its retries. retry: a `Retry`, or how many attempts.
     tls: None for plain text. headers: sent along with every request, for example credentials; gRPC has their names in
-    lower case.
+    lower case. metrics: a `prometheus_client.CollectorRegistry` for histograms of the requests; see `RequestMetrics`.
 
     Raises:
         InvalidArgument: the address is no HOST:PORT, timeout or retry is of another kind, a header's name cannot be
-            sent, or a file of `tls` cannot be read.
+            sent, a file of `tls` cannot be read, or metrics is no registry.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Client:
         retry: Retry | int | None = None,
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
+        metrics: Any = None,
     ) -> None:
-        self._transport = Transport(checked_settings(address, timeout, retry, tls, headers))
+        self._transport = Transport(checked_settings(address, timeout, retry, tls, headers, metrics))
 
     def __repr__(self) -> str:
         return f"<Client of {self._transport.address}>"
@@ -93,6 +96,7 @@ def checked_settings(
     retry: Retry | int | None,
     tls: Tls | None,
     headers: Mapping[str, str] | None,
+    metrics: Any,
 ) -> Settings:
     """How to reach a server, from what a user gave.
 
@@ -101,7 +105,8 @@ def checked_settings(
     """
     if not ADDRESS.fullmatch(address):
         raise InvalidArgument(f"address: found {address!r}, expected HOST:PORT, for example {DEFAULT_ADDRESS}")
-    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(headers or {}))
+    measured = None if metrics is None else metrics_in(metrics)
+    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(headers or {}), measured)
 
 
 def _timeout(given: Timeout | float | None) -> Timeout:

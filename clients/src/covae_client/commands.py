@@ -17,6 +17,7 @@ from rich.progress import Progress
 from covae_client.arguments import MAX_INDEX, integer
 from covae_client.client import Client
 from covae_client.errors import InvalidArgument
+from covae_client.metrics import served_registry
 from covae_client.model import BeyondReach, Conditioned, Model
 from covae_client.retry import Timeout
 from covae_core.files import check_writable, writing
@@ -37,10 +38,11 @@ class Edited:
 
 
 @contextmanager
-def open_model(name: str, server: str, timeout_s: float) -> Iterator[Model]:
-    """The model `name` on a server, for as long as the context lasts."""
+def open_model(name: str, server: str, timeout_s: float, metrics_port: int | None = None) -> Iterator[Model]:
+    """The model `name` on a server, for as long as the context lasts. metrics_port: where its requests are measured."""
     timeout = Timeout(request_s=timeout_s)
-    with Client(server, timeout=replace(timeout, connect_s=min(timeout.connect_s, timeout_s))) as client:
+    timeout = replace(timeout, connect_s=min(timeout.connect_s, timeout_s))
+    with served_registry(metrics_port) as registry, Client(server, timeout=timeout, metrics=registry) as client:
         yield client.model(name)
 
 

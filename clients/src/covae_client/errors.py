@@ -31,7 +31,12 @@ __all__ = [
 
 
 class ServerError(CovaeError):
-    """The server did not do what was asked."""
+    """The server did not do what was asked.
+
+    request_id: of the request that failed, as it stands in the server's log; empty if it was no inference.
+    """
+
+    request_id: str = ""
 
 
 class ConnectionFailed(ServerError):

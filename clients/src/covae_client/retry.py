@@ -67,10 +67,11 @@ class Retry:
 
 
 class Attempts:
-    """The attempts of one call: how long each may take, and the pauses between them."""
+    """The attempts of one call: how long each may take, and the pauses between them. on_retry: called before each."""
 
-    def __init__(self, retry: Retry, request_s: float) -> None:
+    def __init__(self, retry: Retry, request_s: float, on_retry: Callable[[], None] = lambda: None) -> None:
         self._retry, self._deadline, self._failures = retry, time.monotonic() + request_s, 0
+        self._on_retry = on_retry
 
     @property
     def seconds_left(self) -> float:
@@ -81,16 +82,26 @@ class Attempts:
         """Seconds to wait after another failure; None if attempts or time have run out."""
         self._failures += 1
         wait_s = self._retry.wait_s(self._failures)
-        return None if self._failures == self._retry.attempts or wait_s >= self.seconds_left else wait_s
+        if self._failures == self._retry.attempts or wait_s >= self.seconds_left:
+            return None
+        self._on_retry()
+        return wait_s
 
 
-def with_retries(call: Callable[[float], Result], *, retry: Retry, request_s: float, stop: Event) -> Result:
+def with_retries(
+    call: Callable[[float], Result],
+    *,
+    retry: Retry,
+    request_s: float,
+    stop: Event,
+    on_retry: Callable[[], None] = lambda: None,
+) -> Result:
     """Run `call(seconds left)` until it no longer raises ASKED_AGAIN, attempts or time run out, or `stop` is set.
 
     Raises:
         ServerError: that of the last attempt.
     """
-    attempts = Attempts(retry, request_s)
+    attempts = Attempts(retry, request_s, on_retry)
     while True:
         try:
             return call(attempts.seconds_left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from covae_client.errors import (
     ServerError,
     ServerFault,
 )
+from covae_client.metrics import Request, RequestMetrics, Requests
 from covae_client.retry import Retry, Timeout, with_retries
 from covae_core.contract import NUMPY_DTYPES, TensorSpec
 
@@ -104,6 +105,7 @@ class Settings:
     retry: Retry
     tls: Tls | None
     headers: Mapping[str, str]
+    metrics: RequestMetrics | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ Steps = Generator[Question, Any, Result]
 class Transport:
     """A connection to one Triton server over gRPC; made on the first call, safe to use from many threads.
 
-    A pickled one connects anew where it is unpickled.
+    A pickled one connects anew where it is unpickled, and measures nothing there.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -140,17 +142,26 @@ class Transport:
         self._connecting = Lock()
         self._attempts = 0
         self._failure: ServerError | None = None
+        self._requests = Requests(settings.metrics)
         self._triton = _triton_client(settings.address, settings.tls)
 
     def __reduce__(self) -> tuple[type[Transport], tuple[Settings]]:
-        return Transport, (self.settings,)
+        return Transport, (replace(self.settings, metrics=None),)
 
     def close(self) -> None:
         """End the connection; calls in flight fail."""
         self._closed.set()
         self._triton.close()
 
-    def call(self, action: str, method: str, *arguments: Any, retry: Retry | None = None, **options: Any) -> Any:
+    def call(
+        self,
+        action: str,
+        method: str,
+        *arguments: Any,
+        retry: Retry | None = None,
+        on_retry: Callable[[], None] = lambda: None,
+        **options: Any,
+    ) -> Any:
         """Call a method of tritonclient's client with deadline and retries; `action` opens the message of an error.
 
         Raises:
@@ -163,7 +174,13 @@ class Transport:
         def attempt(seconds: float) -> Any:
             return self._attempt(action, rpc, seconds, *arguments, **options)
 
-        return with_retries(attempt, retry=retry or self._retry, request_s=self._timeout.request_s, stop=self._closed)
+        return with_retries(
+            attempt,
+            retry=retry or self._retry,
+            request_s=self._timeout.request_s,
+            stop=self._closed,
+            on_retry=on_retry,
+        )
 
     def infer(
         self, endpoint: Endpoint, inputs: Inputs, rows: int, progress: Progress | None = None
@@ -179,9 +196,11 @@ class Transport:
         results = empty_results(endpoint, rows)
 
         def send(part: slice) -> int:
-            answer = self._request(endpoint, inputs(part))
-            for tensor in endpoint.outputs:
-                results[tensor.name][part] = checked_output(answer, tensor, part.stop - part.start, endpoint)
+            rows = part.stop - part.start
+            with self._requests.one(endpoint, rows) as request:
+                answer = self._request(endpoint, inputs(part), request)
+                for tensor in endpoint.outputs:
+                    results[tensor.name][part] = checked_output(answer, tensor, rows, endpoint)
             return int(part.stop)
 
         for done in _in_flight(send, request_parts(endpoint, rows)):
@@ -205,12 +224,20 @@ class Transport:
             result: Result = end.value
             return result
 
-    def _request(self, endpoint: Endpoint, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    def _request(self, endpoint: Endpoint, arrays: Mapping[str, NDArray[Any]], request: Request) -> Any:
         from tritonclient.grpc import InferRequestedOutput
 
         wanted = [InferRequestedOutput(tensor.name) for tensor in endpoint.outputs]
         tensors = request_tensors(endpoint, arrays)
-        return self.call(endpoint.model_name, "infer", endpoint.model_name, tensors, outputs=wanted)
+        return self.call(
+            endpoint.model_name,
+            "infer",
+            endpoint.model_name,
+            tensors,
+            outputs=wanted,
+            request_id=request.id,
+            on_retry=request.again,
+        )
 
     def _attempt(self, action: str, rpc: Callable[..., Any], seconds: float, *arguments: Any, **options: Any) -> Any:
         from tritonclient.utils import InferenceServerException

@@ -137,7 +137,7 @@ class Job:
     inputs: Arrays
     rows: int
     wanted: tuple[str, ...]
-    probe: bool = False
+    id: str = ""
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -171,7 +171,8 @@ class TritonPythonModel:
             check_signature("output", self.outputs, self.session.get_outputs(), self.batched)
         except LoadError as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from error
-        self.meter = Meter(config["name"])
+        self.name = config["name"]
+        self.meter = Meter(self.name)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request: those that can run together run as one batch, a bad one gets its own error."""
@@ -184,13 +185,15 @@ class TritonPythonModel:
             except RequestError as error:
                 responses[index] = failure(str(error), pb_utils.TritonError.INVALID_ARG)
                 self.meter.count("refused")
+                self._log("refused", request.request_id(), error)
             else:
                 batches.setdefault(job.shapes if self.batched else index, []).append(job)
         for jobs in batches.values():
             for index, response in self._answer(jobs, watch):
                 responses[index] = response
-            if not all(job.probe for job in jobs):
-                self.meter.observe(watch, sum(job.rows for job in jobs))
+            seconds = watch.finish("output")
+            if any(job.id != PROBE_ID for job in jobs):
+                self.meter.observe(seconds, sum(job.rows for job in jobs))
         return responses
 
     def _read(self, index: int, request: Any) -> Job:
@@ -204,20 +207,20 @@ class TritonPythonModel:
         rows = {name: array.shape[0] for name, array in inputs.items()} if self.batched else {}
         if len(set(rows.values())) > 1:
             raise RequestError(f"the inputs disagree on the number of rows: {rows}; send the same number in each")
-        probe = request.request_id() == PROBE_ID
-        return Job(index, inputs, max(rows.values(), default=1), tuple(request.requested_output_names()), probe)
+        wanted = tuple(request.requested_output_names())
+        return Job(index, inputs, max(rows.values(), default=1), wanted, request.request_id())
 
     def _answer(self, jobs: Sequence[Job], watch: Stopwatch) -> list[tuple[int, Any]]:
         try:
             outputs = self._run(jobs, watch)
         except OutputError as error:
-            self._count(jobs, "failed")
+            self._count(jobs, "failed", error)
             return [(job.index, failure(str(error), pb_utils.TritonError.INTERNAL)) for job in jobs]
         except Exception as error:
             if len(jobs) > 1:
                 # One request's values may be what the graph failed on; its neighbours must not pay for it.
                 return [answer for job in jobs for answer in self._answer([job], watch)]
-            self._count(jobs, "failed")
+            self._count(jobs, "failed", error)
             return [(jobs[0].index, failure(f"ONNX Runtime failed: {error}", pb_utils.TritonError.INTERNAL))]
         self._count(jobs, "answered")
         answers = []
@@ -233,10 +236,16 @@ class TritonPythonModel:
             start = stop
         return answers
 
-    def _count(self, jobs: Sequence[Job], outcome: str) -> None:
-        users = sum(not job.probe for job in jobs)
+    def _count(self, jobs: Sequence[Job], outcome: str, error: Exception | None = None) -> None:
+        users = sum(job.id != PROBE_ID for job in jobs)
         if users:
             self.meter.count(outcome, users)
+        if error is not None:
+            for job in jobs:
+                self._log(outcome, job.id, error)
+
+    def _log(self, outcome: str, request_id: str, error: Exception) -> None:
+        pb_utils.Logger.log_warn(f"{self.name}: request {request_id or 'without id'} {outcome}: {error}")
 
     def _run(self, jobs: Sequence[Job], watch: Stopwatch) -> Arrays:
         binding = self.session.io_binding()
@@ -258,14 +267,20 @@ class Stopwatch:
     """Seconds of each phase of an execution, added up."""
 
     def __init__(self) -> None:
-        self.seconds = {"input": 0.0, "compute": 0.0, "output": 0.0}
+        self._seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """What has passed since the last lap was this phase."""
         now = time.perf_counter()
-        self.seconds[phase] += now - self._since
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since
         self._since = now
+
+    def finish(self, phase: str) -> dict[str, float]:
+        """The last lap, and all of them; the watch begins anew."""
+        self.lap(phase)
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
 
 class Meter:
@@ -304,12 +319,10 @@ class Meter:
         self._updates: SimpleQueue[tuple[Any, float]] = SimpleQueue()
         Thread(target=self._send, name="covae-meter", daemon=True).start()
 
-    def observe(self, watch: Stopwatch, rows: int) -> None:
-        """A batch was executed; what has passed since the last lap was its output. The watch begins anew."""
-        watch.lap("output")
-        for phase, seconds in watch.seconds.items():
-            self._updates.put((self._phases[phase].observe, seconds))
-            watch.seconds[phase] = 0.0
+    def observe(self, seconds: Mapping[str, float], rows: int) -> None:
+        """A batch of so many rows was executed, in so many seconds of each phase."""
+        for phase, value in seconds.items():
+            self._updates.put((self._phases[phase].observe, value))
         self._updates.put((self._rows.observe, rows))
 
     def count(self, outcome: str, requests: int = 1) -> None:

@@ -1,0 +1,151 @@
+"""What a client measures of its requests, for Prometheus: `Client(metrics=registry)`."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from covae_client.errors import InvalidArgument, ServerError
+
+if TYPE_CHECKING:
+    from covae_client.transport import Endpoint
+
+# From half a millisecond to over a minute, each 1.25 times the one before: a quantile read from them is within 12 %.
+SECONDS = tuple(round(0.0005 * 1.25**k, 6) for k in range(54))
+ANSWERED = "answered"
+NOT_INSTALLED = "prometheus_client is not installed here; run `pip install prometheus_client`"
+
+
+class Request:
+    """One request: its id, which is sent along and stands in the server's log, and the attempts beyond the first."""
+
+    def __init__(self, request_id: str) -> None:
+        self.id, self.retries = request_id, 0
+
+    def again(self) -> None:
+        """It is asked again."""
+        self.retries += 1
+
+
+class RequestMetrics:
+    """Prometheus metrics of requests, by model and operation.
+
+    covae_client_request_seconds{model, operation, outcome}: of one gRPC request with its retries, from before the
+        tensors are sent until the answer is here; outcome is "answered", or the error's name, as "DeadlineExceeded"
+    covae_client_rows_total{model, operation}: rows answered; of `sample` images, of `score` images times weights
+    covae_client_sent_bytes_total, covae_client_received_bytes_total{model, operation}: of tensors, of answered requests
+    covae_client_retries_total{model, operation}: attempts beyond a request's first
+    """
+
+    def __init__(self, registry: Any) -> None:
+        from prometheus_client import Counter, Histogram
+
+        labels = ("model", "operation")
+        self._seconds = Histogram(
+            "covae_client_request_seconds",
+            "Of one gRPC request with its retries",
+            (*labels, "outcome"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._rows, self._sent, self._received, self._retries = (
+            Counter(f"covae_client_{name}_total", text, labels, registry=registry)
+            for name, text in (
+                ("rows", "Rows answered"),
+                ("sent_bytes", "Bytes of tensors sent in requests that were answered"),
+                ("received_bytes", "Bytes of tensors received"),
+                ("retries", "Attempts beyond a request's first"),
+            )
+        )
+
+    @contextmanager
+    def measured(self, endpoint: Endpoint, rows: int, request: Request) -> Iterator[None]:
+        """Measure a request."""
+        labels = endpoint.model_name.rpartition("_")[::2]
+        outcome, start = "interrupted", time.perf_counter()
+        try:
+            yield
+            outcome = ANSWERED
+        except ServerError as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            self._seconds.labels(*labels, outcome).observe(time.perf_counter() - start)
+            if request.retries:
+                self._retries.labels(*labels).inc(request.retries)
+            if outcome == ANSWERED:
+                self._rows.labels(*labels).inc(rows)
+                self._sent.labels(*labels).inc(rows * sum(tensor.row_bytes for tensor in endpoint.inputs))
+                self._received.labels(*labels).inc(rows * sum(tensor.row_bytes for tensor in endpoint.outputs))
+
+
+_OF_REGISTRY: WeakKeyDictionary[Any, RequestMetrics] = WeakKeyDictionary()
+
+
+def metrics_in(registry: Any) -> RequestMetrics:
+    """The metrics in a registry of prometheus_client's; all clients of a registry share them.
+
+    Raises:
+        InvalidArgument: it is no registry, or prometheus_client is not installed.
+    """
+    try:
+        from prometheus_client import CollectorRegistry
+    except ModuleNotFoundError as error:
+        raise InvalidArgument(f"metrics: {NOT_INSTALLED}") from error
+    if not isinstance(registry, CollectorRegistry):
+        raise InvalidArgument(f"metrics: found {registry!r}, expected a prometheus_client.CollectorRegistry")
+    if registry not in _OF_REGISTRY:
+        _OF_REGISTRY[registry] = RequestMetrics(registry)
+    return _OF_REGISTRY[registry]
+
+
+@contextmanager
+def served_registry(port: int | None) -> Iterator[Any]:
+    """A registry whose metrics are at http://127.0.0.1:PORT/metrics as long as the context lasts; None without a port.
+
+    Raises:
+        InvalidArgument: the port is taken, or prometheus_client is not installed.
+    """
+    if port is None:
+        yield None
+        return
+    try:
+        from prometheus_client import CollectorRegistry, start_http_server
+    except ModuleNotFoundError as error:
+        raise InvalidArgument(f"--metrics-port: {NOT_INSTALLED}") from error
+    registry = CollectorRegistry()
+    try:
+        server, thread = start_http_server(port, "127.0.0.1", registry)
+    except OSError as error:
+        raise InvalidArgument(f"--metrics-port: found {port}, which is in use; expected a free port") from error
+    try:
+        yield registry
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Requests:
+    """The requests of one client: each has an id, and is measured if there are metrics."""
+
+    def __init__(self, metrics: RequestMetrics | None) -> None:
+        self._metrics, self._name, self._numbers = metrics, secrets.token_hex(4), itertools.count(1)
+
+    @contextmanager
+    def one(self, endpoint: Endpoint, rows: int) -> Iterator[Request]:
+        """A request, sent within the context. An error that it ends in tells its id."""
+        request = Request(f"{self._name}-{next(self._numbers)}")
+        measured = nullcontext() if self._metrics is None else self._metrics.measured(endpoint, rows, request)
+        try:
+            with measured:
+                yield request
+        except ServerError as error:
+            error.request_id = request.id
+            error.args = (f"{error} [request {request.id}]",)
+            raise

@@ -1,0 +1,118 @@
+"""What a client measures, read back from the registry; and the ids that tie its errors to the server's log."""
+
+import asyncio
+import copy
+import re
+import urllib.request
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from covae_client import AsyncClient, Client, Retry
+from covae_client.errors import InvalidArgument, InvalidRequest
+from covae_client.metrics import SECONDS
+
+LABELS = {"model": "toy", "operation": "sample"}
+# The last edge below 0.2 s.
+SHORTER = str(max(edge for edge in SECONDS if edge < 0.2))
+QUICK = Retry(attempts=4, first_wait_s=0.01)
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+def value(registry, name, **labels):
+    return registry.get_sample_value(f"covae_client_{name}", {**LABELS, **labels})
+
+
+def test_requests_rows_and_bytes_are_counted(address, triton, registry):
+    with Client(address, metrics=registry) as client:
+        images, latents = client.model("toy").sample_with_latents(20)
+    assert value(registry, "request_seconds_count", outcome="answered") == 3  # of 8, 8 and 4 rows
+    assert value(registry, "rows_total") == 20
+    assert value(registry, "received_bytes_total") == images.nbytes + latents.nbytes
+    assert value(registry, "sent_bytes_total") == 20 * 2 * 8
+    assert value(registry, "retries_total") is None
+
+
+def test_a_request_takes_as_long_as_it_does_with_its_retries(address, triton, registry):
+    triton.delay_s = 0.2
+    triton.faults.extend([grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, None])
+    with Client(address, metrics=registry, retry=QUICK) as client:
+        client.model("toy").sample(1)
+    assert value(registry, "retries_total") == 2
+    assert 0.2 < value(registry, "request_seconds_sum", outcome="answered") < 5
+    assert value(registry, "request_seconds_bucket", outcome="answered", le=SHORTER) == 0
+    assert value(registry, "request_seconds_bucket", outcome="answered", le="+Inf") == 1
+
+
+def test_failures_are_told_apart(address, triton, registry):
+    triton.always_fault = grpc.StatusCode.INVALID_ARGUMENT
+    with Client(address, metrics=registry) as client:
+        model = client.model("toy")
+        with pytest.raises(InvalidRequest) as failure:
+            model.sample(1)
+    assert re.fullmatch(r"[0-9a-f]{8}-1", failure.value.request_id)
+    assert str(failure.value).endswith(f"[request {failure.value.request_id}]")
+    assert value(registry, "request_seconds_count", outcome="InvalidRequest") == 1
+    assert value(registry, "request_seconds_count", outcome="answered") is None
+    assert value(registry, "rows_total") is None
+
+
+def test_clients_of_a_registry_share_its_metrics_and_others_have_none(address, triton, registry):
+    with Client(address, metrics=registry) as first, Client(address, metrics=registry) as second:
+        first.model("toy").sample(2)
+        model = second.model("toy")
+        model.sample(3)
+        copy.deepcopy(model).sample(4)  # as a pickled one
+    assert value(registry, "rows_total") == 5
+    with Client(address) as plain:
+        plain.model("toy").sample(2)
+    assert value(registry, "rows_total") == 5
+
+
+def test_asyncio_measures_the_same(address, triton, registry):
+    async def work():
+        triton.faults.append(grpc.StatusCode.UNAVAILABLE)
+        async with AsyncClient(address, metrics=registry, retry=QUICK) as client:
+            await (await client.model("toy")).sample(20)
+
+    asyncio.run(work())
+    assert value(registry, "request_seconds_count", outcome="answered") == 3
+    assert value(registry, "rows_total") == 20
+    assert value(registry, "retries_total") == 1
+
+
+def test_the_buckets_reach_from_half_a_millisecond_to_a_minute(registry, address):
+    with Client(address, metrics=registry) as client:
+        client.model("toy").sample(1)
+    edges = [
+        float(edge) for edge in re.findall(r'request_seconds_bucket{le="([0-9.]+)"', generate_latest(registry).decode())
+    ]
+    assert edges[0] == 0.0005
+    assert edges[-1] > 60
+    assert np.all(np.diff(np.log(edges)) < np.log(1.26))
+
+
+def test_what_is_no_registry_is_refused(address):
+    with pytest.raises(InvalidArgument, match="metrics: found 'here', expected a prometheus_client"):
+        Client(address, metrics="here")
+
+
+def test_a_command_serves_its_metrics_while_it_runs(address, free_port):
+    from covae_client import commands
+
+    with commands.open_model("toy", address, 5.0, free_port) as model:
+        model.sample(3)
+        with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics") as page:
+            text = page.read().decode()
+        taken = commands.open_model("toy", address, 5.0, free_port)
+        with pytest.raises(InvalidArgument, match=f"--metrics-port: found {free_port}, which is in use"), taken:
+            pass
+    assert 'covae_client_rows_total{model="toy",operation="sample"} 3.0' in text
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics")
