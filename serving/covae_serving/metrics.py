@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import os
 import urllib.request
 from collections.abc import Callable, Iterable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
@@ -13,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Count
 
 from covae_serving.errors import ServingError
 from covae_serving.ports import cannot_be_bound
+from covae_serving.regions import SHARED_MEMORY
 from covae_serving.repository import ServedModel
 
 FETCH_S = 0.5
@@ -28,6 +31,7 @@ class SupervisorMetrics:
     covae_heals_total{model, operation}: how often it was loaded anew after a fault
     covae_last_heal_seconds{model, operation}: from the fault being seen to an answer, the last time
     covae_triton_restarts_total, covae_last_restart_seconds: the same of Triton as a whole
+    covae_shared_memory_free_bytes, covae_shared_memory_size_bytes: of /dev/shm, through which tensors go
     """
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
@@ -43,6 +47,12 @@ class SupervisorMetrics:
         self._last_restart = Gauge(
             "covae_last_restart_seconds", "From a fault to an answer, the last time", registry=self.registry
         )
+        for name, text, share in (
+            ("free", "Bytes of /dev/shm that are free", "f_bavail"),
+            ("size", "Bytes of /dev/shm", "f_blocks"),
+        ):
+            gauge = Gauge(f"covae_shared_memory_{name}_bytes", text, registry=self.registry)
+            gauge.set_function(partial(_shared_memory, share))
         self._labels = {model.model_name: (model.name, model.operation) for model in models}
         for labels_of in self._labels.values():
             self._heals.labels(*labels_of)
@@ -75,6 +85,11 @@ class SupervisorMetrics:
         """Triton answers again."""
         self._restarts.inc()
         self._last_restart.set(seconds)
+
+
+def _shared_memory(share: str) -> float:
+    found = os.statvfs(SHARED_MEMORY)
+    return float(getattr(found, share) * found.f_frsize)
 
 
 class MetricsPage:

@@ -7,7 +7,6 @@ What a real model answers is tested against real Triton in tests/pipeline; here 
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -182,14 +181,6 @@ class Running:
 
     def stop(self):
         self.server.stop(0).wait()
-
-
-@pytest.fixture
-def free_port():
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -1,0 +1,121 @@
+"""The files of serving/covae_serving/monitoring with a real Prometheus, on a server and a client under load."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import covae_serving
+from covae_client import Client
+from covae_client.metrics import served_registry
+from covae_serving.service import Service
+
+MONITORING = Path(covae_serving.__file__).parent / "monitoring"
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("promtool")),
+    reason="needs Prometheus: apt-get install prometheus",
+)
+
+
+def promtool(*arguments):
+    return subprocess.run(["promtool", *arguments], cwd=MONITORING, capture_output=True, text=True, check=False)
+
+
+@needs_prometheus
+def test_the_rules_and_the_configuration_are_valid_and_the_alerts_fire_when_they_should():
+    for command in (["check", "config", "prometheus.yml"], ["test", "rules", "rules_test.yml"]):
+        done = promtool(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_says_what_to_do_and_is_tried():
+    text = (MONITORING / "rules.yml").read_text()
+    alerts = [line.split(": ")[1] for line in text.splitlines() if "- alert:" in line]
+    assert len(alerts) >= 6
+    tried = (MONITORING / "rules_test.yml").read_text()
+    assert [name for name in alerts if name not in tried] == []
+    assert text.count("action:") == text.count("summary:") == len(alerts)
+
+
+class Prometheus:
+    """A real one, on the monitoring files, with these targets in the place of theirs."""
+
+    def __init__(self, folder, server, client):
+        rules = (MONITORING / "rules.yml").read_text().replace("[5m]", "[15s]")
+        (folder / "rules.yml").write_text(rules)
+        config = (MONITORING / "prometheus.yml").read_text()
+        for ours, theirs in (("127.0.0.1:8002", server), ("127.0.0.1:9102", client), (" 5s", " 1s")):
+            assert ours in config
+            config = config.replace(ours, theirs)
+        (folder / "prometheus.yml").write_text(config)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.process = subprocess.Popen(
+            ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data",
+             f"--web.listen-address=127.0.0.1:{self.port}"],
+            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def query(self, expression):
+        place = f"http://127.0.0.1:{self.port}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        try:
+            with urllib.request.urlopen(place, timeout=5) as page:
+                answer = json.load(page)
+        except OSError:
+            return []
+        assert answer["status"] == "success", answer
+        return answer["data"]["result"]
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest.mark.slow
+@needs_prometheus
+def test_a_real_prometheus_answers_every_query_of_the_dashboard_and_its_p99_is_the_clients(
+    toy_repository, tmp_path, free_port
+):
+    with (
+        Service(toy_repository, grpc_port=0) as service,
+        served_registry(free_port) as registry,
+        Client(service.grpc_address, metrics=registry) as client,
+    ):
+        server = service.metrics_url.removeprefix("http://").removesuffix("/metrics")
+        prometheus = Prometheus(tmp_path, server, f"127.0.0.1:{free_port}")
+        try:
+            model = client.model("toy")
+            took, latents = [], np.zeros((1, 4), np.float32)
+            seeds = {"latent_seed": np.array([[1]]), "noise_seed": np.array([[0]])}
+            deadline = time.monotonic() + 12
+            while time.monotonic() < deadline:
+                begun = time.perf_counter()
+                model.run("sample", **seeds)
+                took.append(time.perf_counter() - begun)
+                model.run("decode", latent=latents)
+                time.sleep(0.002)
+            board = json.loads((MONITORING / "dashboard.json").read_text())
+            queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+            assert len(queries) >= 9
+            without = [text for text in queries if not prometheus.query(text.replace("$model", ".*"))]
+            assert without == []
+            (found,) = prometheus.query(
+                'histogram_quantile(0.99, sum by (le) (covae_client_request_seconds_bucket{operation="sample"}))'
+            )
+            assert [item["metric"]["alertname"] for item in prometheus.query("ALERTS")] == []
+        finally:
+            prometheus.stop()
+    # The client's own clock is around the whole call; a bucket is 1.25 times the one before.
+    assert math.isclose(float(found["value"][1]), float(np.quantile(took, 0.99)), rel_tol=0.25)
+    assert len(took) > 500
