@@ -48,7 +48,7 @@ def bench_densities(
 ) -> None:
     """Time LowRankNormal beside torch's LowRankMultivariateNormal and a naive dense-block edit."""
     use_threads(threads)
-    from covae_apps import bench_densities as benchmark
+    from covae_apps.bench import densities as benchmark
 
     benchmark.run(batch=batch, repeats=repeats, output=output, threads=threads)
 
@@ -62,7 +62,7 @@ def bench_draw(
 ) -> None:
     """Time several draws of one density beside one sample, both graphs in ONNX Runtime, the paper's model at 64×64."""
     use_threads(threads)
-    from covae_apps.bench_graphs import run_draw
+    from covae_apps.bench.graphs import run_draw
 
     run_draw(repeats, draws, batch or [1, 16], threads)
 
@@ -74,7 +74,7 @@ def bench_structured(
 ) -> None:
     """Time sparse precisions: samples beside scipy's solver, edits, training steps, graphs beside the decoder."""
     use_threads(threads)
-    from covae_apps.bench_structured import run_structured
+    from covae_apps.bench.structured import run_structured
 
     run_structured(repeats, threads)
 
@@ -86,9 +86,73 @@ def bench_score(
 ) -> None:
     """Time importance weights beside one encode and as many decodes, in ONNX Runtime, the paper's model at 64×64."""
     use_threads(threads)
-    from covae_apps.bench_graphs import run_score
+    from covae_apps.bench.graphs import run_score
 
     run_score(repeats, threads)
+
+
+Names = Annotated[list[str] | None, typer.Argument(help="models of the repository  [all]")]
+Repository = Annotated[Path, typer.Option(help="the folder that `covae export` wrote")]
+Untrained = Annotated[
+    str | None,
+    typer.Option(metavar="HxWxC", help="in place of a repository: untrained models, of the families named"),
+]
+Folder = Annotated[Path, typer.Option(help="folder for the JSON, the table and the plot")]
+
+
+@bench.command("generation")
+def bench_generation(
+    names: Names = None,
+    repository: Repository = Path("model_repository"),
+    untrained: Untrained = None,
+    images: Annotated[int, typer.Option(min=1, help="of each model; the table has the time of 10,000")] = 10_000,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="images of a request")] = 64,
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each ratio")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")] = 2,
+    device: Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")] = "cpu",
+    folder: Folder = Path("bench"),
+) -> None:
+    """Time 10,000 images of each model, the first image, one latent's draws; and where a request's time goes.
+
+    Over gRPC from Triton, beside ONNX Runtime in process with the same graph and threads; the images are compared.
+    """
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_apps.bench.generation import run_generation
+    from covae_apps.bench.repositories import benchmarked
+
+    with benchmarked(repository, names or [], untrained, ["sample", "draw"], threads, device) as (place, chosen):
+        run_generation(place, chosen, images, batch, repeats, folder, Console())
+
+
+@bench.command("latency")
+def bench_latency(
+    name: Annotated[str, typer.Argument(help="a model of the repository, or with --untrained a family")],
+    operation: Annotated[str, typer.Option(help="sample, encode, decode, score or surprise")] = "sample",
+    repository: Repository = Path("model_repository"),
+    untrained: Untrained = None,
+    bound: Annotated[
+        float | None, typer.Option(min=0.1, help="on the p99 of Server, ms  [5 times the median of SingleStream]")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="of a run of SingleStream and Server, 459 at least")] = 459,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")] = 2,
+    device: Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")] = "cpu",
+    folder: Folder = Path("bench"),
+) -> None:
+    """Measure MLPerf's scenarios: Offline, SingleStream, and Server's highest rate whose p99 stays under a bound.
+
+    Server's requests arrive by a Poisson process whatever the server does; latency counts from when one was due. Five
+    runs in random order; figures whose runs disagree are not quoted.
+    """
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_apps.bench.latency import run_latency
+    from covae_apps.bench.repositories import benchmarked
+
+    with benchmarked(repository, [name], untrained, [operation], threads, device) as (place, (chosen,)):
+        run_latency(place, chosen, operation, bound, requests, folder, Console())
 
 
 def report(

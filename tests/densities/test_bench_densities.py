@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from covae_apps.bench_densities import Gate, bench_densities, dense_edit, draw_problem
+from covae_apps.bench.densities import Gate, bench_densities, dense_edit, draw_problem
 from covae_core.densities import LowRankNormal
 from covae_core.errors import InvalidArgument
 
@@ -19,7 +19,7 @@ def test_a_small_run_writes_its_report(tmp_path, capsys):
     assert {timing.n for timing in report.timings} == {2}
     assert [gate["holds"] for gate in written["gates"]] == [gate.holds for gate in report.gates]
     assert written["settings"]["batch"] == 2
-    assert {"date", "processor", "torch", "numpy", "load_before", "load_after"} <= set(written["machine"])
+    assert {"date", "processor", "torch", "numpy", "load", "load_after", "commit"} <= set(written["machine"])
     assert "Gates" in capsys.readouterr().out
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from covae_apps.bench.stopwatch import Case, Row, case, interleaved, ratio, show_ratios
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS
 from covae_export.conversion import convert, example_inputs
@@ -36,11 +33,14 @@ Feeds = Mapping[str, NDArray[Any]]
 
 
 def untrained(
-    image_shape: tuple[int, int, int], weights: int, draws: int, objective: str, family: str = FAMILY
+    image_shape: tuple[int, int, int], weights: int, draws: int, family: str = FAMILY, **options: Any
 ) -> tuple[ImageModel, ModelSpec]:
-    """A model of the paper's widths, whose time is a trained one's, and what it says of itself."""
+    """A model of the paper's widths, whose time is a trained one's, and what it says of itself.
+
+    options: the family's.
+    """
     torch.manual_seed(0)
-    config = make_config(family=family, data="none", image_shape=image_shape, objective=objective)
+    config = make_config(family=family, data="none", image_shape=image_shape, **options)
     model = build_model(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("factor.weight"):
@@ -78,59 +78,41 @@ def call_of(*parts: tuple[onnxruntime.InferenceSession, Feeds]) -> Callable[[], 
     return call
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, NDArray[np.float64]]:
-    """Seconds of each call, one after another, again and again; the first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(found) for name, found in seconds.items()}
-
-
-def run_draw(repeats: int, draws: int, batches: Sequence[int], threads: int) -> list[tuple[int, float, float, float]]:
-    """Print, and return for each batch, the medians of `sample` and `draw` in ms, and of the ratio of neighbours."""
-    model, spec = untrained(COLOUR, 1, draws, "paper")
+def run_draw(repeats: int, draws: int, batches: Sequence[int], threads: int) -> list[Row]:
+    """Print, and return for each batch, the medians of `draw` and `sample` in ms, and of the ratio of neighbours."""
+    model, spec = untrained(COLOUR, 1, draws, objective="paper")
     sessions = sessions_of(model, spec, ("sample", "draw"), threads)
     rows = []
     for batch in batches:
-        calls = {name: call_of((sessions[name], feeds_of(spec, name, batch))) for name in sessions}
-        seconds = interleaved(calls, repeats)
-        ratio = float(np.median(seconds["draw"] / seconds["sample"]))
-        rows.append((batch, 1e3 * median(seconds["sample"]), 1e3 * median(seconds["draw"]), ratio))
-    show_ratios(f"n = {repeats}", ("batch", "sample, ms", f"{draws} draws, ms"), rows, [DRAW_BOUND] * len(rows))
+        draw, sample = (
+            case(name, call_of((sessions[name], feeds_of(spec, name, batch)))) for name in ("draw", "sample")
+        )
+        rows.append(compared(f"batch {batch}", draw, sample, repeats, DRAW_BOUND))
+    show_ratios(f"n = {repeats}", ("", f"{draws} draws, ms", "one sample, ms"), rows)
     return rows
 
 
-def run_score(repeats: int, threads: int) -> list[tuple[int, float, float, float]]:
+def compared(name: str, ours: Case, theirs: Case, repeats: int, bound: float) -> Row:
+    """Two calls, interleaved."""
+    seconds = interleaved([ours, theirs], repeats)
+    first, second = seconds[ours.name], seconds[theirs.name]
+    return Row(name, 1e3 * float(np.median(first)), 1e3 * float(np.median(second)), ratio(first, second), bound)
+
+
+def run_score(repeats: int, threads: int) -> list[Row]:
     """Print, and return for each number of weights, the medians of `score` and of one encode and as many decodes in ms,
     and of the ratio of neighbours, the score's time over theirs.
     """
     rows = []
-    for weights, per_call in ((WEIGHTS, WEIGHTS), (MANY_WEIGHTS, default_score_samples(GREY))):
-        model, spec = untrained(GREY, per_call, 1, "likelihood")
+    cases = ((WEIGHTS, WEIGHTS, SCORE_BOUND), (MANY_WEIGHTS, default_score_samples(GREY), 1 / THROUGHPUT_BOUND))
+    for weights, per_call, bound in cases:
+        model, spec = untrained(GREY, per_call, 1)
         sessions = sessions_of(model, spec, ("score", "encode", "decode"), threads)
         count = -(-weights // per_call)
         score, encode = ((sessions[name], feeds_of(spec, name, 1)) for name in ("score", "encode"))
         decode = (sessions["decode"], feeds_of(spec, "decode", per_call))
-        calls = {"score": call_of(*[score] * count), "network": call_of(encode, *[decode] * count)}
-        seconds = interleaved(calls, max(3, repeats * WEIGHTS // weights))
-        ratio = float(np.median(seconds["score"] / seconds["network"]))
-        rows.append((weights, 1e3 * median(seconds["score"]), 1e3 * median(seconds["network"]), ratio))
+        ours, network = case("score", call_of(*[score] * count)), case("network", call_of(encode, *[decode] * count))
+        rows.append(compared(f"{weights} weights", ours, network, max(3, repeats * WEIGHTS // weights), bound))
     title = f"the paper's widths, grey 64×64; n = {repeats}, and {max(3, repeats * WEIGHTS // MANY_WEIGHTS)}"
-    heads = ("weights", "score, ms", "one encode, as many decodes, ms")
-    show_ratios(title, heads, rows, [SCORE_BOUND, 1 / THROUGHPUT_BOUND])
+    show_ratios(title, ("", "score, ms", "one encode, as many decodes, ms"), rows)
     return rows
-
-
-def show_ratios(
-    title: str, heads: Sequence[str], rows: Sequence[tuple[object, float, float, float]], bounds: Sequence[float]
-) -> None:
-    """Counts or names, two times and their ratios as a table, each ratio beside what it may be."""
-    table = Table(*heads, "ratio", "bound", "holds", title=title)
-    for (count, first, second, ratio), bound in zip(rows, bounds, strict=True):
-        holds = "[green]yes[/]" if ratio <= bound else "[red]no[/]"
-        table.add_row(str(count), f"{first:,.1f}", f"{second:,.1f}", f"{ratio:.2f}", f"≤ {bound:.2f}", holds)
-    Console().print(table)

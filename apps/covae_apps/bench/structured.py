@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import spsolve_triangular
 
 import covae_train.torch_backend  # noqa: F401 - lets the densities take tensors
-from covae_apps.bench_graphs import GREY, call_of, feeds_of, interleaved, sessions_of, show_ratios, untrained
+from covae_apps.bench.graphs import GREY, call_of, compared, feeds_of, sessions_of, untrained
+from covae_apps.bench.stopwatch import Row, case, show_ratios
 from covae_core.densities import HybridNormal, SparsePrecisionNormal
 from covae_core.densities.neighbourhood import Neighbourhood
 from covae_train.families import build_model, make_config
@@ -24,26 +25,20 @@ from covae_train.objective import Batch
 SIDE, NEIGHBOURHOOD, BATCH, RANK = 64, 7, 16, 16
 SMALL = {"widths": (16, 32, 64, 64), "latent_size": 64, "batch_size": 25}
 STEP_BATCH = 25
-Row = tuple[object, float, float, float]
 
 
 def run_structured(repeats: int, threads: int) -> list[Row]:
     """Print, and return by name, medians of ours and of what is beside it in ms, and of the ratio of neighbours."""
-    rows: list[Row] = []
-    bounds: list[float] = []
-    for cases in (densities, steps, graphs):
-        for name, ours, theirs, bound in cases(threads):
-            seconds = interleaved({"ours": ours, "theirs": theirs}, repeats)
-            ratio = float(np.median(seconds["ours"] / seconds["theirs"]))
-            first, second = (1e3 * float(np.median(seconds[key])) for key in ("ours", "theirs"))
-            rows.append((name, first, second, ratio))
-            bounds.append(bound)
-    title = f"{SIDE}×{SIDE} grey, n_f = {NEIGHBOURHOOD}; n = {repeats}"
-    show_ratios(title, ("", "ours, ms", "beside, ms"), rows, bounds)
+    rows = [
+        compared(name, case("ours", ours), case("theirs", theirs), repeats, bound)
+        for cases in (densities, steps, graphs)
+        for name, ours, theirs, bound in cases(threads)
+    ]
+    show_ratios(f"{SIDE}×{SIDE} grey, n_f = {NEIGHBOURHOOD}; n = {repeats}", ("", "ours, ms", "beside, ms"), rows)
     return rows
 
 
-Case = tuple[str, Callable[[], object], Callable[[], object], float]
+Pair = tuple[str, Callable[[], object], Callable[[], object], float]
 
 
 def problem() -> dict[str, NDArray[np.float32]]:
@@ -72,7 +67,7 @@ def upper(filters: NDArray[np.float32], variance: NDArray[np.float32]) -> Any:
     return scipy.sparse.diags(1 / np.sqrt(variance.reshape(-1))) @ scipy.sparse.csr_matrix(whole)
 
 
-def densities(threads: int) -> list[Case]:
+def densities(threads: int) -> list[Pair]:
     """Samples and edits. Ours are made from the arrays each time, scipy's from matrices at hand."""
     torch.set_num_threads(threads)
     arrays = problem()
@@ -115,7 +110,7 @@ def densities(threads: int) -> list[Case]:
     ]
 
 
-def steps(threads: int) -> list[Case]:
+def steps(threads: int) -> list[Pair]:
     """Forward and backward of a training step, the widths small."""
     torch.set_num_threads(threads)
     images = torch.rand(STEP_BATCH, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -138,11 +133,11 @@ def steps(threads: int) -> list[Case]:
     ]
 
 
-def graphs(threads: int) -> list[Case]:
+def graphs(threads: int) -> list[Pair]:
     """`sample` beside `decode` in ONNX Runtime, the paper's widths."""
-    model, spec = untrained(GREY, 1, 1, "likelihood", "structured-vae")
+    model, spec = untrained(GREY, 1, 1, "structured-vae")
     found = sessions_of(model, spec, ("sample", "decode"), threads)
-    cases: list[Case] = []
+    cases: list[Pair] = []
     for batch, bound in ((1, 1.25), (BATCH, 1.1)):
         ours, theirs = (call_of((found[name], feeds_of(spec, name, batch))) for name in ("sample", "decode"))
         cases.append((f"structured-vae in ONNX Runtime: sample, beside decode, batch {batch}", ours, theirs, bound))

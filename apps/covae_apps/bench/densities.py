@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import partial
 from math import prod
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-import scipy
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
 import covae_train.torch_backend  # noqa: F401 - lets the densities take tensors
+from covae_apps.bench.stopwatch import Case, interleaved, machine, ratio
 from covae_core.densities import LowRankNormal
 from covae_core.errors import InvalidArgument
 
@@ -76,15 +72,6 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Case:
-    """An operation to time: prepare is not timed and gives what action needs."""
-
-    name: str
-    prepare: Callable[[], Any]
-    action: Callable[[Any], object]
-
-
-@dataclass(frozen=True)
 class Problem:
     """A random density, an image drawn from it, and masks by name; float32 tensors."""
 
@@ -121,12 +108,12 @@ def bench_densities(
             f"repeats, image_shape: found {repeats} and {image_shape}, expected at least 1 and images of 10×10 or more"
         )
     problem = draw_problem(batch, image_shape, rank)
-    load_before = os.getloadavg()[0]
-    seconds = interleave([*score_cases(problem), *edit_cases(problem)], repeats)
+    facts = {**machine(), "torch_threads": torch.get_num_threads()}
+    seconds = interleaved([*score_cases(problem), *edit_cases(problem)], repeats)
     report = Report(
         settings={"batch": batch, "image_shape": image_shape, "rank": rank, "repeats": repeats, "variance": VARIANCE},
-        machine={**describe_machine(), "load_before": load_before, "load_after": os.getloadavg()[0]},
-        timings=[Timing(name, 1e3 * median(times), len(times)) for name, times in seconds.items()],
+        machine={**facts, "load_after": os.getloadavg()[0]},
+        timings=[Timing(name, 1e3 * float(np.median(times)), len(times)) for name, times in seconds.items()],
         gates=judge(seconds),
         score_errors_nats=score_errors(problem),
     )
@@ -192,20 +179,7 @@ def edit_cases(problem: Problem) -> list[Case]:
     ]
 
 
-def interleave(cases: list[Case], repeats: int) -> dict[str, list[float]]:
-    """Seconds that each case took in every repeat, in turn (A B C A B C …) after one warm-up."""
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-    for repeat in track(range(repeats + 1), description="repeats", console=Console(stderr=True), transient=True):
-        for case in cases:
-            prepared = case.prepare()
-            start = time.perf_counter()
-            case.action(prepared)
-            if repeat > 0:
-                seconds[case.name].append(time.perf_counter() - start)
-    return seconds
-
-
-def judge(seconds: Mapping[str, list[float]]) -> list[Gate]:
+def judge(seconds: Mapping[str, NDArray[np.float64]]) -> list[Gate]:
     """The gates: scores against torch's class, edits against log_prob of the same kind of array on a fresh density."""
     gates = [
         _gate(seconds, "torch: score", TORCH_SCORE, 0.8),
@@ -219,9 +193,8 @@ def judge(seconds: Mapping[str, list[float]]) -> list[Gate]:
     return gates
 
 
-def _gate(seconds: Mapping[str, list[float]], name: str, against: str, bound: float) -> Gate:
-    ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds[against], strict=True)]
-    return Gate(name, against, median(ratios), bound, len(ratios))
+def _gate(seconds: Mapping[str, NDArray[np.float64]], name: str, against: str, bound: float) -> Gate:
+    return Gate(name, against, ratio(seconds[name], seconds[against]), bound, len(seconds[name]))
 
 
 def score_errors(problem: Problem) -> dict[str, float]:
@@ -255,30 +228,15 @@ def dense_edit(problem: Problem, mask: Tensor) -> Tensor:
     return torch.stack(edited)
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on: machine, threads, versions, date."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "processor": _processor(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-    }
-
-
 def show(report: Report) -> None:
     """Print the timings, the gates and the score errors."""
     console = Console()
-    machine, settings = report.machine, report.settings
+    facts, settings = report.machine, report.settings
     console.print(
         f"{settings['batch']} images of {'×'.join(map(str, settings['image_shape']))} "
         f"(S = {prod(settings['image_shape'])}), rank {settings['rank']}, D = {VARIANCE}, float32\n"
-        f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} torch thread(s), "
-        f"load {machine['load_before']:.2f} before and {machine['load_after']:.2f} after"
+        f"{facts['processor']}, {facts['cores']} cores, {facts['torch_threads']} torch thread(s), "
+        f"load {facts['load']:.2f} before and {facts['load_after']:.2f} after"
     )
     timings = Table("operation", "median ms", "n", title="Times")
     for timing in report.timings:
@@ -291,14 +249,6 @@ def show(report: Report) -> None:
     for name, error in report.score_errors_nats.items():
         errors.add_row(name, f"{error:.4f}")
     console.print(timings, gates, errors)
-
-
-def _processor() -> str:
-    """The processor's name, which Python's platform module does not know on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _reference_score(problem: Problem, diagonal: Tensor, _: object) -> Tensor:

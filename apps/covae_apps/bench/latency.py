@@ -1,0 +1,288 @@
+"""The benchmark behind `covae bench latency`, in MLPerf's vocabulary: Offline, SingleStream and Server.
+
+Offline: the highest throughput over batch sizes and clients. SingleStream: one client, one image after the other.
+Server: requests that arrive by a Poisson process whatever the server does, each latency counted from when it was due,
+and the highest rate whose p99 stays under a bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import Console
+
+from covae_apps.bench.stopwatch import FEWEST_FOR_P99, described, machine, markdown, p99, write_record
+from covae_apps.demo.figures import COLOURS, STYLE
+from covae_client import AsyncClient, Client
+from covae_client.aio import AsyncModel
+from covae_client.model import Model
+from covae_core.errors import InvalidArgument
+from covae_serving.service import Service
+
+NAME = "latency"
+RUNS = 5
+# Offline's grid.
+BATCHES, CLIENTS = (1, 8, 64), (1, 2, 4, 8)
+OFFLINE_S = 2.0
+# Without one, the bound on Server's p99 is so many times SingleStream's median.
+BOUND = 5.0
+BISECTIONS = 6
+# Runs whose figures differ by more, largest over smallest, are not quoted.
+STABLE = 1.5
+OPERATIONS = ("sample", "encode", "decode", "score", "surprise")
+
+
+@dataclass(frozen=True)
+class Quoted:
+    """A figure of several runs: the median, and whether they agree well enough to be quoted."""
+
+    value: float
+    runs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[float]) -> Quoted:
+        """The median of runs."""
+        return cls(float(np.median(runs)), tuple(runs))
+
+    @property
+    def stable(self) -> bool:
+        """Whether the largest is at most STABLE times the smallest."""
+        return max(self.runs) <= STABLE * min(self.runs)
+
+    def text(self, digits: int = 1) -> str:
+        """The figure, or what is wrong with it."""
+        if self.stable:
+            return f"{self.value:,.{digits}f}"
+        return f"unstable ({min(self.runs):,.{digits}f} to {max(self.runs):,.{digits}f})"
+
+
+def run_latency(
+    repository: Path, name: str, operation: str, bound_ms: float | None, requests: int, folder: Path, console: Console
+) -> dict[str, Any]:
+    """Measure one operation of a model in the three scenarios; leaves latency.json, .md and .png in a folder.
+
+    Raises:
+        InvalidArgument: the operation is none of OPERATIONS, or fewer requests than a p99 needs.
+        ServingError: the model is not there or does not answer.
+    """
+    if operation not in OPERATIONS:
+        raise InvalidArgument(f"operation: found {operation!r}; expected one of {', '.join(OPERATIONS)}")
+    if requests < FEWEST_FOR_P99:
+        raise InvalidArgument(f"requests: found {requests}; expected {FEWEST_FOR_P99} at least, for a p99")
+    facts, order = machine(), random.Random(0)
+    with Service(repository, [name], [operation], grpc_port=0) as service:
+        address = service.grpc_address
+        with Client(address) as client:
+            model = client.model(name)
+            ask = question(model, operation)
+            ask(0, 1)
+            console.print("SingleStream …")
+            streams = [single_stream(ask, requests) for _ in range(RUNS)]
+            console.print("Offline …")
+            offline = run_offline(model, operation, order)
+        median_ms = 1e3 * float(np.median(np.concatenate(streams)))
+        limit_ms = bound_ms or BOUND * median_ms
+        console.print(f"Server, p99 at most {limit_ms:.1f} ms …")
+        server = asyncio.run(run_server(address, name, operation, limit_ms, requests, median_ms, order))
+    record = {
+        "machine": {**facts, "load_after": os.getloadavg()[0]},
+        "settings": {"model": name, "operation": operation, "requests": requests, "runs": RUNS},
+        "single_stream_ms": {
+            key: asdict(Quoted.of([1e3 * float(np.quantile(run, share)) for run in streams]))
+            for key, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+        },
+        "offline_rows_per_second": offline,
+        "server": server,
+    }
+    page = as_markdown(record)
+    write_record(folder, NAME, record, page)
+    draw_plot(record, folder / f"{NAME}.png")
+    console.print(page, soft_wrap=True)
+    return record
+
+
+Ask = Callable[[int, int], object]
+
+
+def question(model: Model | AsyncModel, operation: str) -> Callable[[int, int], Any]:
+    """A call of so many rows from a start on; every row another one."""
+    height, width, channels = model.spec.image_shape
+    images = np.random.default_rng(0).integers(0, 256, (64, height, width, channels), dtype=np.uint8)
+    if operation == "sample":
+        return lambda start, rows: model.sample(rows, start=start)
+    if operation == "decode":
+        return lambda start, rows: model.decode(model.latents(rows, start=start))
+    if operation == "score":
+        return lambda start, rows: model.score(images[:rows], num_samples=model.spec.score_samples, seed=start)
+    method = getattr(model, operation)
+    return lambda start, rows: method(images[:rows])
+
+
+def single_stream(ask: Ask, requests: int) -> NDArray[np.float64]:
+    """Seconds of one row after the other."""
+    seconds = []
+    for index in range(requests):
+        begun = time.perf_counter()
+        ask(index, 1)
+        seconds.append(time.perf_counter() - begun)
+    return np.array(seconds)
+
+
+def run_offline(model: Model, operation: str, order: random.Random) -> list[dict[str, Any]]:
+    """Rows a second for each batch and number of clients, RUNS times in random order."""
+    grid = [(batch, clients) for batch in BATCHES for clients in CLIENTS]
+    found: dict[tuple[int, int], list[float]] = {point: [] for point in grid}
+    for _ in range(RUNS):
+        for point in order.sample(grid, len(grid)):
+            found[point].append(throughput(question(model, operation), *point))
+    return [{"batch": batch, "clients": clients, **asdict(Quoted.of(runs))} for (batch, clients), runs in found.items()]
+
+
+def throughput(ask: Ask, batch: int, clients: int) -> float:
+    """Rows a second of clients that ask for batches, one after the other each, for about OFFLINE_S."""
+    until = time.perf_counter() + OFFLINE_S
+
+    def work(client: int) -> int:
+        done = 0
+        while time.perf_counter() < until:
+            ask((client << 24) + done, batch)
+            done += batch
+        return done
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        rows = sum(pool.map(work, range(clients)))
+    return rows / (time.perf_counter() - begun)
+
+
+async def run_server(
+    address: str, name: str, operation: str, limit_ms: float, requests: int, median_ms: float, order: random.Random
+) -> dict[str, Any]:
+    """The highest rate of single rows whose p99 stays under the limit, by bisection; then RUNS runs each of it, of four
+    fifths and of half of it, in random order."""
+    async with AsyncClient(address) as client:
+        ask = question(await client.model(name), operation)
+        seeds = iter(range(1_000_000))
+
+        async def tried(rate: float) -> float:
+            return 1e3 * p99(await open_loop(ask, rate, requests, next(seeds)))
+
+        low, high = 0.0, 2e3 / median_ms
+        while await tried(high) <= limit_ms:
+            low, high = high, 2 * high
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if await tried(middle) <= limit_ms else (low, middle)
+        rates = {share: share * low for share in (1.0, 0.8, 0.5)} if low else {}
+        found: dict[float, list[float]] = {share: [] for share in rates}
+        for _ in range(RUNS):
+            for share in order.sample(list(rates), len(rates)):
+                found[share].append(await tried(rates[share]))
+    points = [
+        {"share": share, "rate": rates[share], "p99_ms": asdict(Quoted.of(runs))} for share, runs in found.items()
+    ]
+    return {"limit_ms": limit_ms, "highest_rate": low, "points": points}
+
+
+async def open_loop(
+    ask: Callable[[int, int], Coroutine[Any, Any, object]], rate: float, requests: int, seed: int
+) -> NDArray[np.float64]:
+    """Latencies of single rows that are due by a Poisson process, each from when it was due, however late it left."""
+    due = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    latencies = np.empty(requests)
+
+    async def one(index: int) -> None:
+        await ask(index, 1)
+        latencies[index] = loop.time() - begun - due[index]
+
+    tasks = []
+    for index, at in enumerate(due):
+        await asyncio.sleep(max(0.0, begun + at - loop.time()))
+        tasks.append(asyncio.ensure_future(one(index)))
+    await asyncio.gather(*tasks)
+    return latencies
+
+
+def quoted(item: Mapping[str, Any]) -> Quoted:
+    """A figure as a record has it."""
+    return Quoted(item["value"], tuple(item["runs"]))
+
+
+def as_markdown(record: Mapping[str, Any]) -> str:
+    """The three scenarios."""
+    settings, server = record["settings"], record["server"]
+    single = [[name, quoted(item).text(2)] for name, item in record["single_stream_ms"].items()]
+    points = {(item["batch"], item["clients"]): quoted(item) for item in record["offline_rows_per_second"]}
+    offline = [[str(batch), *(points[batch, clients].text(0) for clients in CLIENTS)] for batch in BATCHES]
+    best = max((item for item in points.values() if item.stable), key=lambda item: item.value, default=None)
+    arrivals = [
+        [f"{item['rate']:,.1f}", f"{item['share']:.1f}", quoted(item["p99_ms"]).text()] for item in server["points"]
+    ]
+    highest = next((item for item in server["points"] if item["share"] == 1.0), None)
+    if highest is None:
+        verdict = f"Server: no rate keeps p99 under {server['limit_ms']:.1f} ms."
+    elif not quoted(highest["p99_ms"]).stable:
+        verdict = "Server: the runs at the highest rate disagree, so none is quoted."
+    else:
+        verdict = f"Server: {server['highest_rate']:,.1f} requests a second with p99 under {server['limit_ms']:.1f} ms."
+    return "\n\n".join(
+        [
+            f"`{settings['operation']}` of {settings['model']}, over gRPC from Triton.",
+            "SingleStream, one image after the other, ms:",
+            markdown(("", "ms"), single),
+            "Offline, rows a second by batch and clients"
+            + (f"; highest {best.value:,.0f}" if best else "; none is stable")
+            + ":",
+            markdown(("batch", *(f"{clients} clients" for clients in CLIENTS)), offline),
+            verdict,
+            markdown(("requests a second", "of the highest rate", "p99, ms"), arrivals),
+            f"Medians of {settings['runs']} runs in random order, {settings['requests']} requests behind each p99. "
+            f"{described(record['machine'])}.",
+        ]
+    )
+
+
+def draw_plot(record: Mapping[str, Any], path: Path) -> None:
+    """Throughput by batch and clients, and p99 by arrival rate."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        shades = np.linspace(0.35, 1.0, len(BATCHES))
+        for batch, shade in zip(BATCHES, shades, strict=True):
+            items = [item for item in record["offline_rows_per_second"] if item["batch"] == batch]
+            left.plot(
+                [item["clients"] for item in items], [item["value"] for item in items], "o-", color=COLOURS[0],
+                alpha=shade, label=f"batch {batch}",
+            )  # fmt: skip
+        left.set_xscale("log", base=2)
+        left.set_xticks(CLIENTS, [str(clients) for clients in CLIENTS])
+        left.set_ylim(0)
+        left.set_xlabel("clients")
+        left.set_ylabel("rows a second")
+        left.legend(frameon=False)
+        server = record["server"]
+        points = sorted(server["points"], key=lambda item: item["rate"])
+        for item in points:
+            right.scatter([item["rate"]] * len(item["p99_ms"]["runs"]), item["p99_ms"]["runs"], s=12, color=COLOURS[1])
+        right.plot([item["rate"] for item in points], [item["p99_ms"]["value"] for item in points], color=COLOURS[1])
+        right.axhline(server["limit_ms"], color="#8a8f98", linestyle="--")
+        right.annotate(" bound", (0, server["limit_ms"]), va="bottom", color="#8a8f98")
+        right.set_xlim(0)
+        right.set_ylim(0)
+        right.set_xlabel("requests a second, Poisson arrivals")
+        right.set_ylabel("p99, ms")
+        figure.savefig(path, dpi=160)
