@@ -31,6 +31,9 @@ def export(
     max_queue_size: Annotated[
         int, typer.Option(min=0, help="requests that may wait; 0: any number. A bound costs tail latency")
     ] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="operations exported at a time  [as many as cores, at most 4]")
+    ] = None,
 ) -> None:
     """Write a run's operations as ONNX graphs with Triton configurations, checked against torch."""
     use_threads(1)
@@ -60,6 +63,7 @@ def export(
             draw_samples=draw_samples,
             deployment=Deployment(max_batch_size, instances, instance_kind, threads, max_queue_size),
             on_operation=say,
+            jobs=jobs,
         )
     _print(console, exported)
 

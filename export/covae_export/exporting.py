@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from covae_core.contract import ModelSpec, served_name
@@ -19,6 +25,7 @@ from covae_export.triton_config import build_config, to_text
 from covae_export.verification import Disagreement, refuse_unacceptable, verify
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
+from covae_train.threads import use_threads
 
 MODEL_FILE = "model.onnx"
 # Images that one row of `draw` yields.
@@ -27,6 +34,9 @@ DRAW_SAMPLES = 8
 SCORE_BYTES = 2 * 2**30
 SCORE_PIXEL_BYTES = 12 * 64 * 8
 CONFIG_FILE = "config.pbtxt"
+# Operations exported at a time, unless told; each takes a gigabyte.
+MOST_JOBS = 4
+LONGEST = ("condition", "score", "surprise")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -60,8 +70,11 @@ def export_run(
     draw_samples: int = DRAW_SAMPLES,
     deployment: Deployment | None = None,
     on_operation: Callable[[Operation], None] = lambda operation: None,
+    jobs: int | None = None,
 ) -> Exported:
     """Export a run as the next version of the model `name` (by default the run's folder's name).
+
+    jobs: operations at a time, each in a process of its own; None: as many as there are cores, MOST_JOBS at most.
 
     The graphs of the operations that the model can do are written and checked in a hidden folder of the repository,
     then moved into place: a failure leaves the repository as it was, and a version that is there is never changed.
@@ -86,9 +99,10 @@ def export_run(
     staging = _staging_folder(repository)
     try:
         disagreements = []
-        for operation in operations:
+        stage = partial(_stage, run.model, name, spec, deployment, staging)
+        for operation, found in _each(stage, operations, jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))):
             on_operation(operation)
-            disagreements += _stage(run.model, name, spec, operation, deployment, staging)
+            disagreements += found()
         refuse_unacceptable(disagreements)
         version = _next_version(repository, name)
         for operation in operations:
@@ -114,8 +128,49 @@ def _staging_folder(repository: Path) -> Path:
         raise ExportError(f"{repository}: cannot be a model repository: {error}") from error
 
 
+Stage = Callable[[Operation], list[Disagreement]]
+# What a forked process is to do: it has all that this one had, where a model that is sent would have to be picklable.
+_forked: Stage
+
+
+def _each(
+    stage: Stage, operations: Sequence[Operation], jobs: int
+) -> Iterator[tuple[Operation, Callable[[], list[Disagreement]]]]:
+    """Operations in their order, each with what waits for its result."""
+    if jobs == 1:
+        for operation in operations:
+            yield operation, partial(stage, operation)
+        return
+    global _forked
+    _forked = stage
+    # The longest first. One torch thread each, so no pool of threads is lost by forking.
+    order = sorted(operations, key=lambda operation: operation.name not in LONGEST)
+    with warnings.catch_warnings(), ProcessPoolExecutor(min(jobs, len(order)), get_context("fork")) as pool:
+        warnings.simplefilter("ignore", DeprecationWarning)
+        results = {operation.name: pool.submit(_stage_forked, operation.name) for operation in order}
+        try:
+            for operation in operations:
+                yield operation, partial(_result, results[operation.name], operation)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _stage_forked(name: str) -> list[tuple[str, float, float]]:
+    use_threads(1)
+    return [(item.output, item.error, item.tolerance) for item in _forked(OPERATIONS[name])]
+
+
+def _result(found: Future[list[tuple[str, float, float]]], operation: Operation) -> list[Disagreement]:
+    try:
+        return [Disagreement(operation, *item) for item in found.result()]
+    except BrokenProcessPool as error:
+        raise ExportError(
+            f"{operation.name}: the process that exported it died, perhaps for lack of memory; try --jobs 1"
+        ) from error
+
+
 def _stage(
-    model: ImageModel, name: str, spec: ModelSpec, operation: Operation, deployment: Deployment, staging: Path
+    model: ImageModel, name: str, spec: ModelSpec, deployment: Deployment, staging: Path, operation: Operation
 ) -> list[Disagreement]:
     folder = staging / operation.name
     folder.mkdir()
