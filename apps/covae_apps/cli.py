@@ -155,6 +155,27 @@ def bench_latency(
         run_latency(place, chosen, operation, bound, requests, folder, Console())
 
 
+@bench.command("peers")
+def bench_peers(
+    size: Annotated[str, typer.Option(metavar="HxWxC", help="of the images")] = "64x64x3",
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each ratio")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each side")] = 2,
+    compiled: Annotated[bool, typer.Option(help="torch.compile too, which takes minutes to begin")] = True,
+    folder: Folder = Path("bench"),
+) -> None:
+    """Time a sos-vae's samples over gRPC beside ONNX Runtime, PyTorch, torch.compile and OpenVINO in process.
+
+    The images are compared first. OpenVINO is left out where it is not installed.
+    """
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_apps.bench.peers import run_peers
+    from covae_apps.bench.repositories import parse_shape
+
+    run_peers(parse_shape("--size", size), repeats, threads, compiled, folder, Console())
+
+
 def report(
     name: Annotated[
         str,

@@ -64,10 +64,20 @@ def benchmarked(
     if untrained is None:
         yield repository, names
         return
-    sides = untrained.split("x")
-    if len(sides) != 3 or not all(side.isdecimal() for side in sides):
-        raise InvalidArgument(f"--untrained: found {untrained!r}; expected HxWxC, as 64x64x3")
-    height, width, channels = map(int, sides)
+    shape = parse_shape("--untrained", untrained)
     chosen = names or [name for name in families() if name != "low-rank-normal"]
-    with untrained_repository(chosen, (height, width, channels), operations, threads, device) as place:
+    with untrained_repository(chosen, shape, operations, threads, device) as place:
         yield place, chosen
+
+
+def parse_shape(option: str, text: str) -> tuple[int, int, int]:
+    """HxWxC as numbers.
+
+    Raises:
+        InvalidArgument: the text is something else.
+    """
+    sides = text.split("x")
+    if len(sides) != 3 or not all(side.isdecimal() for side in sides):
+        raise InvalidArgument(f"{option}: found {text!r}; expected HxWxC, as 64x64x3")
+    height, width, channels = map(int, sides)
+    return height, width, channels

@@ -1,0 +1,244 @@
+"""The benchmark behind `covae bench peers`: the same images from our server, ONNX Runtime, PyTorch and OpenVINO."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from covae_apps.bench.generation import DisagreeError, session_like
+from covae_apps.bench.graphs import untrained
+from covae_apps.bench.repositories import untrained_repository
+from covae_apps.bench.stopwatch import Row, case, described, interleaved, machine, markdown, ratio, write_record
+from covae_client import Client
+from covae_client.model import Model
+from covae_core.images import channels_last, to_uint8
+from covae_core.noise import row_seeds
+from covae_core.operations import draw_latents
+from covae_serving.service import Service
+from covae_train.image_model import ImageModel
+
+NAME = "peers"
+FAMILY, PLAIN = "sos-vae", "beta-vae"
+BATCHES = (1, 16, 64)
+# What a ratio of ours over theirs may be: over gRPC beside the same graph in process, by batch; beside PyTorch.
+IN_PROCESS = {1: 1.1, 16: 1 / 0.98, 64: 1 / 0.99}
+EAGER, COMPILED, OPENVINO, STRUCTURED, CONCURRENT = 1 / 1.5, 1 / 1.1, 1 / 0.95, 1.05, 1 / 0.95
+# One image over gRPC may take so much longer than in process.
+MOST_MS = 1.0
+CLIENTS, CLIENTS_S = 8, 4.0
+# uint8 images may differ by a grey level where a value is next to ½.
+LEVELS = 1
+
+
+def run_peers(
+    image_shape: tuple[int, int, int], repeats: int, threads: int, compiled: bool, folder: Path, console: Console
+) -> list[Row]:
+    """Measure, print, and leave peers.json and .md in a folder.
+
+    Raises:
+        DisagreeError: two arms give different images.
+    """
+    facts = machine()
+    torch.set_num_threads(threads)
+    network, _ = untrained(image_shape, 1, 1, FAMILY)
+    rows: list[Row] = []
+    with (
+        untrained_repository([FAMILY, PLAIN], image_shape, ["sample", "decode"], threads) as repository,
+        Service(repository, [FAMILY], ["sample"], grpc_port=0) as service,
+        Client(service.grpc_address) as client,
+    ):
+        model, session = client.model(FAMILY), session_like(repository, FAMILY)
+        for batch in BATCHES:
+            rows += arms(model, session, network, repository, batch, repeats, compiled, console)
+        rows.append(concurrent(service.grpc_address, session))
+        rows += structured(repository, session, repeats, console)
+    record = {
+        "machine": facts,
+        "settings": {"image_shape": image_shape, "repeats": repeats, "threads": threads},
+        "rows": [{**asdict(row), "holds": row.holds} for row in rows],
+    }
+    page = as_markdown(record)
+    write_record(folder, NAME, record, page)
+    console.print(page, soft_wrap=True)
+    return rows
+
+
+def arms(
+    model: Model,
+    session: onnxruntime.InferenceSession,
+    network: ImageModel,
+    repository: Path,
+    batch: int,
+    repeats: int,
+    compiled: bool,
+    console: Console,
+) -> list[Row]:
+    """Every way to a batch of images, alternated; ours, over gRPC, beside each other one."""
+    seeds = row_seeds(0, np.arange(batch))
+    feeds = {item.name: seeds[:, None] for item in session.get_inputs()}
+    calls: dict[str, tuple[Callable[[], Any], float]] = {
+        "grpc": (partial(model.sample, batch), 0),
+        "ONNX Runtime in process": (lambda: session.run(["image"], feeds)[0], IN_PROCESS[batch]),
+        "PyTorch eager, our noise": (partial(torch_images, network, torch.from_numpy(seeds)), EAGER),
+        "PyTorch eager, torch's noise": (partial(torch_noise_images, network, batch), EAGER),
+    }
+    if compiled:
+        quick = torch.compile(partial(torch_noise_images, network, batch))
+        calls["torch.compile, torch's noise"] = (quick, COMPILED)
+    openvino = openvino_call(repository, threads=session.get_session_options().intra_op_num_threads, feeds=feeds)
+    if openvino is None:
+        console.print("OpenVINO: left out, `pip install openvino` brings it")
+    else:
+        calls["OpenVINO in process"] = (openvino, OPENVINO)
+    images = calls["grpc"][0]().astype(int)
+    for name in ("ONNX Runtime in process", "PyTorch eager, our noise", "OpenVINO in process"):
+        if name in calls and np.abs(calls[name][0]().astype(int) - images).max() > LEVELS:
+            raise DisagreeError(f"{name}: the same seeds gave other images than over gRPC")
+    seconds = interleaved([case(name, call) for name, (call, _) in calls.items()], repeats)
+    medians = {name: 1e3 * float(np.median(found)) for name, found in seconds.items()}
+    rows = [
+        Row(
+            f"batch {batch}, beside {name}",
+            medians["grpc"],
+            medians[name],
+            ratio(seconds["grpc"], seconds[name]),
+            bound,
+        )
+        for name, (_, bound) in calls.items()
+        if bound
+    ]
+    if batch == 1:
+        # The bound is in milliseconds here.
+        theirs = medians["ONNX Runtime in process"]
+        rows[0] = Row(rows[0].name, rows[0].ours_ms, theirs, rows[0].ratio, (theirs + MOST_MS) / theirs)
+    return rows
+
+
+@torch.no_grad()
+def torch_images(network: ImageModel, seeds: Tensor) -> np.ndarray[Any, Any]:
+    """Images of seeds as the graph makes them."""
+    latents = draw_latents(network, seeds[:, None])
+    return bytes_of(network.density(latents, len(seeds)).sample_rows(seeds))
+
+
+@torch.no_grad()
+def torch_noise_images(network: ImageModel, batch: int) -> np.ndarray[Any, Any]:
+    """Images by torch's own random numbers."""
+    latents = {name: torch.randn(batch, *shape) for name, shape in network.latents.items()}
+    density: Any = network.density(latents, batch)
+    factor_noise = torch.randn(batch, density.rank)
+    return bytes_of(density.from_noise(factor_noise, torch.randn(density.mean.shape)))
+
+
+def bytes_of(images: Tensor) -> np.ndarray[Any, Any]:
+    """(B, C, H, W) in [0, 1] as uint8 (B, H, W, C)."""
+    return to_uint8(channels_last(images.numpy()))
+
+
+def openvino_call(repository: Path, threads: int, feeds: dict[str, Any]) -> Callable[[], Any] | None:
+    """The graph in OpenVINO, None where it is not installed."""
+    try:
+        import openvino
+    except ModuleNotFoundError:
+        return None
+    path = repository / f"{FAMILY}_sample" / "1" / "model.onnx"
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    return lambda: request.infer(feeds)[request.model_outputs[0]].copy()
+
+
+def concurrent(address: str, session: onnxruntime.InferenceSession) -> Row:
+    """CLIENTS clients that ask for an image after the other each, beside batches of as many in process: ms an image."""
+    seeds = row_seeds(0, np.arange(CLIENTS))
+    feeds = {item.name: seeds[:, None] for item in session.get_inputs()}
+    ours, theirs = [], []
+    with Client(address) as client:
+        model = client.model(FAMILY)
+        for _ in range(3):
+            ours.append(1 / rate(lambda index: model.sample(1, start=index), CLIENTS, 1))
+            theirs.append(1 / rate(lambda index: session.run(["image"], feeds), 1, CLIENTS))
+    first, second = np.array(ours), np.array(theirs)
+    name = f"{CLIENTS} clients, one image each, beside batches of {CLIENTS} in process; an image"
+    return Row(name, 1e3 * float(np.median(first)), 1e3 * float(np.median(second)), ratio(first, second), CONCURRENT)
+
+
+def rate(ask: Callable[[int], object], clients: int, images: int) -> float:
+    """Images a second of clients that ask again and again for CLIENTS_S."""
+    until = time.perf_counter() + CLIENTS_S
+
+    def work(client: int) -> int:
+        done = 0
+        while time.perf_counter() < until:
+            ask((client << 20) + done)
+            done += 1
+        return done
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        asked = sum(pool.map(work, range(clients)))
+    return asked * images / (time.perf_counter() - begun)
+
+
+def structured(repository: Path, session: onnxruntime.InferenceSession, repeats: int, console: Console) -> list[Row]:
+    """A structured sample beside a plain model's mean, same backbone, both in process."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = session.get_session_options().intra_op_num_threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    plain = onnxruntime.InferenceSession(
+        repository / f"{PLAIN}_decode" / "1" / "model.onnx", options, providers=session.get_providers()
+    )
+    (latent,) = plain.get_inputs()
+    rows = []
+    for batch in (1, 16):
+        seeds = row_seeds(0, np.arange(batch))
+        feeds = {item.name: seeds[:, None] for item in session.get_inputs()}
+        draw = np.random.default_rng(0).standard_normal((batch, *latent.shape[1:])).astype(np.float32)
+        seconds = interleaved(
+            [
+                case("sample", partial(session.run, ["image"], feeds)),
+                case("mean", partial(plain.run, ["mean"], {latent.name: draw})),
+            ],
+            repeats,
+        )
+        medians = {name: 1e3 * float(np.median(found)) for name, found in seconds.items()}
+        name = f"batch {batch}, {FAMILY} sample in process, beside {PLAIN} mean"
+        rows.append(
+            Row(name, medians["sample"], medians["mean"], ratio(seconds["sample"], seconds["mean"]), STRUCTURED)
+        )
+    return rows
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    """The table."""
+    lines = [
+        [
+            row["name"],
+            f"{row['ours_ms']:,.2f}",
+            f"{row['theirs_ms']:,.2f}",
+            f"{row['ratio']:.2f}",
+            f"≤ {row['bound']:.2f}",
+            "yes" if row["holds"] else "no",
+        ]
+        for row in record["rows"]
+    ]
+    settings = record["settings"]
+    side = "×".join(map(str, settings["image_shape"]))
+    return "\n\n".join(
+        [
+            f"`sample` of an untrained {FAMILY} of the paper's widths at {side}, {settings['threads']} threads, over "
+            "gRPC from Triton where nothing else is said; medians in ms, ratios of neighbours.",
+            markdown(("", "ours, ms", "theirs, ms", "ratio", "wanted", "holds"), lines),
+            f"{described(record['machine'])}; n = {settings['repeats']}.",
+        ]
+    )
