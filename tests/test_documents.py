@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import typer
 
+from covae_apps.bench.page import performance_page
 from covae_client.cli import app
 from covae_core.contract import ModelSpec
+from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -103,3 +105,12 @@ def test_the_table_of_operations_is_the_one_in_the_code():
         for text, tensors in ((inputs, operation.inputs(spec)), (outputs, operation.outputs(spec))):
             missing = [tensor.name for tensor in tensors if not re.search(rf"\b{tensor.name}\b", text)]
             assert missing == [], name
+
+
+def test_the_page_of_performance_is_what_the_records_say():
+    assert (ROOT / "docs/performance.md").read_text(encoding="utf-8") == performance_page(ROOT / "bench")
+
+
+def test_a_page_without_records_is_refused(tmp_path):
+    with pytest.raises(InvalidArgument, match=r"no records; expected some of generation\.json"):
+        performance_page(tmp_path)

@@ -176,6 +176,20 @@ def bench_peers(
     run_peers(parse_shape("--size", size), repeats, threads, compiled, folder, Console())
 
 
+@bench.command("page")
+def bench_page(
+    folder: Annotated[Path, typer.Option(help="where the benchmarks left their records")] = Path("bench"),
+    page: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/performance.md"),
+) -> None:
+    """Write docs/performance.md from the records that generation, latency and peers left."""
+    from covae_apps.bench.page import performance_page
+
+    text = performance_page(folder)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    typer.echo(f"{page}: written")
+
+
 def report(
     name: Annotated[
         str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -219,7 +219,7 @@ def structured(repository: Path, session: onnxruntime.InferenceSession, repeats:
     return rows
 
 
-def as_markdown(record: dict[str, Any]) -> str:
+def as_markdown(record: Mapping[str, Any]) -> str:
     """The table."""
     lines = [
         [

@@ -1,0 +1,77 @@
+"""docs/performance.md, made of the records that benchmarks leave in `bench/`: no figure in it is written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from covae_apps.bench import generation, latency, peers
+from covae_core.errors import InvalidArgument
+
+OPENING = """# Performance
+
+Made by `covae bench page` from the records in `bench/`, which the commands below leave there. Times on shared machines
+are noisy, so compare ratios of one run; each table says its machine, load, versions and date. What the densities and
+single graphs take is in [results.md](results.md#densities). Nothing here is yet measured on a GPU; `--device gpu` makes
+models for one."""
+
+
+class Section(NamedTuple):
+    """A benchmark's part of the page: the command that leaves its record, what it is about, and its tables."""
+
+    title: str
+    command: str
+    text: str
+    tables: Callable[[Mapping[str, Any]], str]
+    plot: str = ""
+
+
+SECTIONS = {
+    generation.NAME: Section(
+        "Generation time",
+        "covae bench generation --untrained 64x64x3",
+        """The papers' comparison (Spatial VAE, Table 2: seconds for 10,000 images), made honest: through the server
+that a user has, beside the same graph in process, images compared first. Untrained models take a trained one's time.
+Several images of one latent cost one decoder pass for every eight.""",
+        generation.as_markdown,
+        "generation.png",
+    ),
+    peers.NAME: Section(
+        "Beside others",
+        "covae bench peers",
+        """The same images from ONNX Runtime, PyTorch and OpenVINO in process, alternated with ours over gRPC. What is
+wanted is what the project set itself: a server that costs next to nothing over the graph that it runs.""",
+        peers.as_markdown,
+    ),
+    latency.NAME: Section(
+        "Latency",
+        "covae bench latency sos-vae --untrained 64x64x3",
+        """MLPerf's scenarios. Server's requests arrive by a Poisson process whatever the server does, and a latency
+counts from when its request was due, so nothing is hidden by a client that waits.""",
+        latency.as_markdown,
+        "latency.png",
+    ),
+}
+
+
+def performance_page(folder: Path) -> str:
+    """The page from the records in a folder; what has no record is left out.
+
+    Raises:
+        InvalidArgument: there is none.
+    """
+    parts = [OPENING]
+    for name, section in SECTIONS.items():
+        path = folder / f"{name}.json"
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            picture = [f"![{section.title}](../bench/{section.plot})"] if section.plot else []
+            text = [f"## {section.title}", f"    {section.command}", section.text, *picture, section.tables(record)]
+            parts.append("\n\n".join(text))
+    if len(parts) == 1:
+        raise InvalidArgument(
+            f"{folder}: no records; expected some of {', '.join(f'{name}.json' for name in SECTIONS)}"
+        )
+    return "\n\n".join(parts) + "\n"
