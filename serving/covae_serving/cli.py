@@ -31,6 +31,12 @@ def serve(
             help="What clients may use without a key: statistics (as NVIDIA's perf_analyzer needs), trace, logging.",
         ),
     ] = None,
+    trace_url: Annotated[
+        str,
+        typer.Option(
+            metavar="URL", help="OTLP/HTTP collector for spans of traced requests, as http://localhost:4318/v1/traces."
+        ),
+    ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")] = False,
 ) -> None:
     """Serve models on NVIDIA Triton until Ctrl-C, and heal what dies meanwhile.
@@ -49,6 +55,7 @@ def serve(
         metrics_port=metrics_port,
         host=host,
         open_protocols=open_protocols or [],
+        trace_url=trace_url,
     )
     run_until_signal(service)
 

@@ -70,7 +70,9 @@ class Server:
         timing: Timing,
         stopping: Callable[[], bool],
         open_protocols: Sequence[str] = (),
+        trace_url: str = "",
     ) -> None:
+        self._trace_url = trace_url
         self._restricted = [name for name in RESTRICTED if name not in open_protocols]
         self.ports: tuple[int, int] | None = None
         self.stubs: dict[str, list[Stub]] = {}
@@ -281,8 +283,14 @@ class Server:
             f"--metrics-address={LOOPBACK}",
             f"--metrics-port={ports[1]}",
             f"--allow-gpu-metrics={str(has_gpu()).lower()}",
+            *(self._trace_settings() if self._trace_url else ()),
             *(f"--backend-config=python,{name}={value}" for name, value in settings.items()),
         ]
+
+    def _trace_settings(self) -> list[str]:
+        """Spans of every request that comes with a trace of its client's, and of no other."""
+        settings = ["rate=0", "level=TIMESTAMPS", "mode=opentelemetry", f"opentelemetry,url={self._trace_url}"]
+        return [f"--trace-config={setting}" for setting in settings]
 
     def _answers_as(self, identity: str) -> bool:
         """Whether the server at the gRPC address is the one started with this id, not another program's."""

@@ -50,6 +50,9 @@ class Service:
         open_protocols: what clients may use without the service's key: statistics (Triton's counters, which NVIDIA's
             perf_analyzer reads), trace and logging settings. Whoever reaches the server may then read or change these.
 
+        trace_url: where Triton sends OpenTelemetry spans of requests that come with a trace, an OTLP/HTTP collector's
+            http://HOST:4318/v1/traces; none: nowhere.
+
     Raises:
         ServingError: a protocol is none of these, or the repository is missing or broken; the message names the file
             and the next step.
@@ -66,7 +69,9 @@ class Service:
         host: str = "127.0.0.1",
         timing: Timing | None = None,
         open_protocols: Sequence[str] = (),
+        trace_url: str = "",
     ) -> None:
+        self._trace_url = trace_url
         unknown = [name for name in open_protocols if name not in OPENABLE]
         if unknown:
             raise ServingError(f"open_protocols: found {unknown[0]!r}; expected some of {', '.join(OPENABLE)}")
@@ -186,6 +191,7 @@ class Service:
                 self._timing,
                 self._stopping,
                 self._open_protocols,
+                self._trace_url,
             )
             try:
                 self._page = MetricsPage(

@@ -116,3 +116,51 @@ def test_a_command_serves_its_metrics_while_it_runs(address, free_port):
     assert 'covae_client_rows_total{model="toy",operation="sample"} 3.0' in text
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics")
+
+
+@pytest.fixture
+def spans():
+    """A tracer of OpenTelemetry's, and the spans that it has ended."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return provider.get_tracer("test"), exporter.get_finished_spans
+
+
+def test_a_traced_request_is_a_span_that_the_server_hears_of(address, triton, registry, spans):
+    tracer, finished = spans
+    triton.faults.append(grpc.StatusCode.UNAVAILABLE)
+    with (
+        tracer.start_as_current_span("user's") as parent,
+        Client(address, tracer=tracer, metrics=registry, retry=QUICK, headers={"x-own": "1"}) as client,
+    ):
+        client.model("toy").sample(3)
+    request, _ = finished()
+    trace_id = f"{parent.get_span_context().trace_id:032x}"
+    assert request.name == "covae sample"
+    assert request.parent.span_id == parent.get_span_context().span_id
+    assert {"covae.model": "toy", "covae.rows": 3, "covae.retries": 1}.items() <= request.attributes.items()
+    assert triton.headers["traceparent"].startswith(f"00-{trace_id}-{request.context.span_id:016x}-")
+    assert triton.headers["x-own"] == "1"
+    (family,) = [item for item in registry.collect() if item.name == "covae_client_request_seconds"]
+    exemplars = [sample.exemplar.labels for sample in family.samples if sample.exemplar]
+    assert exemplars == [{"trace_id": trace_id}]
+
+
+def test_a_failed_request_is_a_failed_span_and_asyncio_has_them_too(address, triton, spans):
+    tracer, finished = spans
+    triton.always_fault = grpc.StatusCode.INVALID_ARGUMENT
+
+    async def work():
+        async with AsyncClient(address, tracer=tracer) as client:
+            with pytest.raises(InvalidRequest):
+                await (await client.model("toy")).sample(1)
+
+    asyncio.run(work())
+    (request,) = finished()
+    assert request.status.status_code.name == "ERROR"
+    assert "InvalidRequest" in request.status.description
+    assert triton.headers["traceparent"].split("-")[2] == f"{request.context.span_id:016x}"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import threading
 import time
 import urllib.request
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import grpc
@@ -139,3 +143,47 @@ def test_a_chosen_grpc_port_leaves_the_metrics_at_their_own(toy_repository):
     with Service(toy_repository, operations=["decode"], grpc_port=0) as service:
         assert service.metrics_url != "http://127.0.0.1:8002/metrics"
         assert value(service, "covae_up") == 1
+
+
+class Collector:
+    """A place that OTLP spans are posted to over HTTP."""
+
+    def __init__(self):
+        self.bodies = bodies = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1/traces"
+        threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_tritons_spans_continue_a_clients_trace(toy_repository, serve):
+    from opentelemetry.sdk.trace import TracerProvider
+
+    tracer = TracerProvider().get_tracer("test")
+    with closing(Collector()) as collector:
+        service = serve(toy_repository, operations=["decode"], trace_url=collector.url)
+        with Client(service.grpc_address) as untraced, Client(service.grpc_address, tracer=tracer) as client:
+            untraced.model("toy").run("decode", latent=LATENT)
+            with tracer.start_as_current_span("user's") as span:
+                client.model("toy").run("decode", latent=LATENT)
+        trace_id = f"{span.get_span_context().trace_id:032x}".encode()
+        deadline = time.monotonic() + 15
+        while not any(trace_id in body for body in collector.bodies):
+            assert time.monotonic() < deadline, "no span of that trace came"
+            time.sleep(0.1)
+    ids = {found for body in collector.bodies for found in re.findall(rb'"traceId":"([0-9a-f]+)"', body)}
+    assert ids == {trace_id}, "spans of requests that nobody traces"
+    assert any(b'"triton.request_id"' in body for body in collector.bodies)

@@ -64,8 +64,9 @@ class AsyncClient:
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
         metrics: Any = None,
+        tracer: Any = None,
     ) -> None:
-        self._transport = AsyncTransport(checked_settings(address, timeout, retry, tls, headers, metrics))
+        self._transport = AsyncTransport(checked_settings(address, timeout, retry, tls, headers, metrics, tracer))
 
     def __repr__(self) -> str:
         return f"<AsyncClient of {self._transport.address}>"
@@ -198,7 +199,7 @@ class AsyncTransport:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.address = settings, settings.address
         self._triton: Any = None
-        self._requests = Requests(settings.metrics)
+        self._requests = Requests(settings.metrics, settings.tracer)
         self._connecting: asyncio.Lock | None = None
         self._connected = self._closed = False
         self._attempts = 0
@@ -245,7 +246,10 @@ class AsyncTransport:
                 tensors = request_tensors(endpoint, call.inputs(part))
                 question = Question(endpoint.model_name, "infer", (endpoint.model_name, tensors))
                 with self._requests.one(endpoint, rows) as request:
-                    answer = await self.call(question, request.again, outputs=wanted, request_id=request.id)
+                    headers = {**self.settings.headers, **request.headers}
+                    answer = await self.call(
+                        question, request.again, outputs=wanted, request_id=request.id, headers=headers
+                    )
                     for tensor in endpoint.outputs:
                         results[tensor.name][part] = checked_output(answer, tensor, rows, endpoint)
             done += rows
@@ -285,9 +289,8 @@ class AsyncTransport:
             raise ConnectionFailed(f"{question.action}: the client was closed")
         method = getattr(self._triton, question.method)
         try:
-            return await method(
-                *question.arguments, headers=self.settings.headers, client_timeout=max(seconds, 0.001), **options
-            )
+            told = {"headers": self.settings.headers, "client_timeout": max(seconds, 0.001), **options}
+            return await method(*question.arguments, **told)
         except InferenceServerException as error:
             raise translated(self.address, question.action, error) from error
 

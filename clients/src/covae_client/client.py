@@ -33,6 +33,7 @@ class Client:
     timeout: a `Timeout`, or seconds for one request with all its retries. retry: a `Retry`, or how many attempts.
     tls: None for plain text. headers: sent along with every request, for example credentials; gRPC has their names in
     lower case. metrics: a `prometheus_client.CollectorRegistry` for histograms of the requests; see `RequestMetrics`.
+    tracer: an OpenTelemetry tracer for a span of each request, which the server's spans continue.
 
     Raises:
         InvalidArgument: the address is no HOST:PORT, timeout or retry is of another kind, a header's name cannot be
@@ -48,8 +49,9 @@ class Client:
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
         metrics: Any = None,
+        tracer: Any = None,
     ) -> None:
-        self._transport = Transport(checked_settings(address, timeout, retry, tls, headers, metrics))
+        self._transport = Transport(checked_settings(address, timeout, retry, tls, headers, metrics, tracer))
 
     def __repr__(self) -> str:
         return f"<Client of {self._transport.address}>"
@@ -97,6 +99,7 @@ def checked_settings(
     tls: Tls | None,
     headers: Mapping[str, str] | None,
     metrics: Any,
+    tracer: Any,
 ) -> Settings:
     """How to reach a server, from what a user gave.
 
@@ -106,7 +109,7 @@ def checked_settings(
     if not ADDRESS.fullmatch(address):
         raise InvalidArgument(f"address: found {address!r}, expected HOST:PORT, for example {DEFAULT_ADDRESS}")
     measured = None if metrics is None else metrics_in(metrics)
-    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(headers or {}), measured)
+    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(headers or {}), measured, tracer)
 
 
 def _timeout(given: Timeout | float | None) -> Timeout:

@@ -1,4 +1,4 @@
-"""What a client measures of its requests, for Prometheus: `Client(metrics=registry)`."""
+"""What a client tells of its requests: to Prometheus, `Client(metrics=registry)`, and to OpenTelemetry, `tracer=`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -22,10 +22,13 @@ NOT_INSTALLED = "prometheus_client is not installed here; run `pip install prome
 
 
 class Request:
-    """One request: its id, which is sent along and stands in the server's log, and the attempts beyond the first."""
+    """One request: its id, which is sent along and stands in the server's log, the attempts beyond the first, and where
+    it is traced the headers that tell the server of it, and the trace's id."""
 
     def __init__(self, request_id: str) -> None:
         self.id, self.retries = request_id, 0
+        self.headers: dict[str, str] = {}
+        self.trace_id = ""
 
     def again(self) -> None:
         """It is asked again."""
@@ -75,7 +78,8 @@ class RequestMetrics:
             outcome = type(error).__name__
             raise
         finally:
-            self._seconds.labels(*labels, outcome).observe(time.perf_counter() - start)
+            exemplar = {"trace_id": request.trace_id} if request.trace_id else None
+            self._seconds.labels(*labels, outcome).observe(time.perf_counter() - start, exemplar)
             if request.retries:
                 self._retries.labels(*labels).inc(request.retries)
             if outcome == ANSWERED:
@@ -131,19 +135,38 @@ def served_registry(port: int | None) -> Iterator[Any]:
         thread.join()
 
 
-class Requests:
-    """The requests of one client: each has an id, and is measured if there are metrics."""
+@contextmanager
+def _span(tracer: Any, endpoint: Endpoint, rows: int, request: Request) -> Iterator[None]:
+    """A span of the request, which the server's spans continue."""
+    from opentelemetry.propagate import inject
+    from opentelemetry.trace import SpanKind
 
-    def __init__(self, metrics: RequestMetrics | None) -> None:
-        self._metrics, self._name, self._numbers = metrics, secrets.token_hex(4), itertools.count(1)
+    model, _, operation = endpoint.model_name.rpartition("_")
+    told = {"covae.model": model, "covae.operation": operation, "covae.rows": rows, "covae.request_id": request.id}
+    with tracer.start_as_current_span(f"covae {operation}", kind=SpanKind.CLIENT, attributes=told) as span:
+        inject(request.headers)
+        request.trace_id = f"{span.get_span_context().trace_id:032x}"
+        yield
+        span.set_attribute("covae.retries", request.retries)
+
+
+class Requests:
+    """The requests of one client: each has an id, is measured if there are metrics, and traced if there is a tracer."""
+
+    def __init__(self, metrics: RequestMetrics | None, tracer: Any) -> None:
+        self._metrics, self._tracer = metrics, tracer
+        self._name, self._numbers = secrets.token_hex(4), itertools.count(1)
 
     @contextmanager
     def one(self, endpoint: Endpoint, rows: int) -> Iterator[Request]:
         """A request, sent within the context. An error that it ends in tells its id."""
         request = Request(f"{self._name}-{next(self._numbers)}")
-        measured = nullcontext() if self._metrics is None else self._metrics.measured(endpoint, rows, request)
         try:
-            with measured:
+            with ExitStack() as stack:
+                if self._tracer is not None:
+                    stack.enter_context(_span(self._tracer, endpoint, rows, request))
+                if self._metrics is not None:
+                    stack.enter_context(self._metrics.measured(endpoint, rows, request))
                 yield request
         except ServerError as error:
             error.request_id = request.id

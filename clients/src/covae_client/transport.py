@@ -106,6 +106,7 @@ class Settings:
     tls: Tls | None
     headers: Mapping[str, str]
     metrics: RequestMetrics | None = None
+    tracer: Any = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ Steps = Generator[Question, Any, Result]
 class Transport:
     """A connection to one Triton server over gRPC; made on the first call, safe to use from many threads.
 
-    A pickled one connects anew where it is unpickled, and measures nothing there.
+    A pickled one connects anew where it is unpickled, and neither measures nor traces anything there.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -142,11 +143,11 @@ class Transport:
         self._connecting = Lock()
         self._attempts = 0
         self._failure: ServerError | None = None
-        self._requests = Requests(settings.metrics)
+        self._requests = Requests(settings.metrics, settings.tracer)
         self._triton = _triton_client(settings.address, settings.tls)
 
     def __reduce__(self) -> tuple[type[Transport], tuple[Settings]]:
-        return Transport, (replace(self.settings, metrics=None),)
+        return Transport, (replace(self.settings, metrics=None, tracer=None),)
 
     def close(self) -> None:
         """End the connection; calls in flight fail."""
@@ -236,6 +237,7 @@ class Transport:
             tensors,
             outputs=wanted,
             request_id=request.id,
+            headers=self._headers | request.headers,
             on_retry=request.again,
         )
 
@@ -245,7 +247,7 @@ class Transport:
         if self._closed.is_set():
             raise ConnectionFailed(f"{action}: the client was closed")
         try:
-            return rpc(*arguments, headers=self._headers, client_timeout=max(seconds, 0.001), **options)
+            return rpc(*arguments, **{"headers": self._headers, "client_timeout": max(seconds, 0.001), **options})
         except InferenceServerException as error:
             raise translated(self.address, action, error) from error
         except ValueError as error:
