@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from covae_train.families import build_model
+from covae_train.families import build_model, make_config
 from covae_train.families.sos_vae import LowRankHead
 from covae_train.networks.residual import Decoder, Encoder, level_sizes
 
@@ -131,3 +131,25 @@ def test_the_encoder_pools_by_the_largest_feature():
     encoder.mean.register_forward_pre_hook(lambda module, given: pooled.append(given[0]))
     encoder(torch.rand(2, 1, 8, 8))
     torch.testing.assert_close(pooled[0].flatten(1), features[0].flatten(2).max(dim=2).values)
+
+
+@pytest.mark.parametrize("family", ["sos-vae", "hybrid-vae"])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_a_draw_that_mixes_the_factors_weights_is_the_draw_by_the_factor(family, kernel):
+    torch.manual_seed(0)
+    model = build_model(
+        make_config(
+            family=family, data="none", image_shape=(9, 12, 3), widths=(6, 8), latent_size=4, rank=5,
+            factor_kernel=kernel,
+        )
+    )  # fmt: skip
+    for parameter in model.head.factor.parameters():
+        torch.nn.init.normal_(parameter)
+    density = model.density({"latent": torch.randn(4, 4)}, 4)
+    seeds = torch.arange(4)
+    mixed = density.sample_rows(seeds)
+    same = type(density)(**density.parameters)
+    torch.testing.assert_close(mixed, same.sample_rows(seeds), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(density.sample_many(seeds, 3)[0], mixed, rtol=1e-5, atol=1e-5)
+    # What is made of it has no maker: another batch has other features.
+    assert density.to(torch.float64)._maker is None

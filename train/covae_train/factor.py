@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import unfold
+from torch.nn.functional import pad, unfold
 
 from covae_core.densities.factored import Factored
 from covae_core.errors import InvalidArgument
@@ -57,6 +57,31 @@ class FactorHead(MeanFirstHead):
         maps: Tensor = self.factor(features)
         columns = maps.reshape(maps.shape[0], self.rank, -1, *maps.shape[2:])
         return columns if self.variance is None else columns * self.variances(features).sqrt()[:, None]
+
+    def along(self, features: Tensor, noise: Tensor) -> Tensor:
+        """P w of noise (B, R), without P: w mixes the convolution's weights, and one of them is applied, not R.
+
+        As products of matrices, tap by tap, and shifts, since a convolution has the same weights for a whole batch.
+        shape: (B, S)
+        """
+        batch, _, height, width = features.shape
+        weight, bias = self.factor.weight, self.factor.bias
+        assert bias is not None
+        kernel = weight.shape[-1]
+        taps = kernel**2
+        # Rows apart: a product of matrices would join those of a batch.
+        mixed = (noise[:, None] * weight.reshape(self.rank, -1).mT).sum(-1).reshape(batch, -1, features.shape[1], taps)
+        products = mixed.transpose(2, 3).flatten(1, 2) @ features.flatten(2)  # shape: (B, C·k², H·W)
+        maps = pad(products.reshape(batch, -1, taps, height, width), (kernel // 2,) * 4)
+        shifted = [
+            maps[:, :, tap, tap // kernel : tap // kernel + height, tap % kernel : tap % kernel + width]
+            for tap in range(taps)
+        ]
+        start = (noise[:, None] * bias.reshape(self.rank, -1).mT).sum(-1)[..., None, None]
+        found = sum(shifted, start)
+        if self.variance is not None:
+            found = found * self.variances(features).sqrt()
+        return found.flatten(1)
 
 
 def check_rank(rank: int, kernel: int, width: int, channels: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self, cast
 
 from pydantic import Field, PositiveInt, model_validator
@@ -67,7 +68,8 @@ class HybridHead(FactorHead):
 
     def around(self, mean: Tensor, features: Tensor) -> HybridNormal:
         parts = {"filters": self.filters(features), "variance": self.variances(features)}
-        return HybridNormal(mean, self.columns(features), **parts, check=False)
+        found = HybridNormal(mean, self.columns(features), **parts, check=False)
+        return found.made_by(partial(self.along, features))
 
     def density(self, features: Tensor) -> HybridNormal:
         return self.around(self.mean_of(features), features)

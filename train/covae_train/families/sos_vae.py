@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import e, log, pi
 from typing import Any, Self, cast
 
@@ -80,7 +81,8 @@ class LowRankHead(FactorHead):
     """
 
     def density(self, features: Tensor) -> LowRankNormal:
-        return LowRankNormal(self.mean_of(features), self.columns(features), self.mean_variance, check=False)
+        found = LowRankNormal(self.mean_of(features), self.columns(features), self.mean_variance, check=False)
+        return found.made_by(partial(self.along, features))
 
     def densities(self, features: Tensor) -> tuple[LowRankNormal, LowRankNormal]:
         drawing = self.density(features)

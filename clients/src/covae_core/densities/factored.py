@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from covae_core.backends import Array, cached
 from covae_core.densities.base import Density
 from covae_core.densities.factor_posterior import times, times_transposed
 from covae_core.densities.layout import require_count
 from covae_core.densities.slerp import slerp
+
+OneFactored = TypeVar("OneFactored", bound="Factored")
 
 
 class Factored(Density):
@@ -18,6 +21,21 @@ class Factored(Density):
     rank: int
     _factor: Array
     _factor_rows: Array
+    _maker: Callable[[Array], Array] | None = None
+
+    def made_by(self: OneFactored, maker: Callable[[Array], Array]) -> OneFactored:
+        """This density, told how to make P w of noise (B, R), (B, S), without P, for single draws of each row.
+
+        Whoever makes P from something smaller, as a network's last layer does, saves building it.
+        """
+        self._maker = maker
+        return self
+
+    def _along(self, noise: Array) -> Array:
+        """P w. shape: (N, B, R) → (N, B, S)"""
+        if self._maker is not None and noise.shape[0] == 1:
+            return self._maker(noise[0])[None]
+        return times(self._backend, noise, self._factor_rows)
 
     @property
     def factor(self) -> Array:

@@ -162,4 +162,4 @@ class HybridNormal(Factored):
 
     def _draw(self, seeds: Array) -> Array:
         factor_noise = self._noise(seeds, self.rank, Stream.FACTOR, self._mean.dtype)
-        return self.local._draw(seeds) + times(self._backend, factor_noise, self._factor_rows)
+        return self.local._draw(seeds) + self._along(factor_noise)

@@ -182,7 +182,7 @@ class LowRankNormal(Factored):
         dtype, backend = self._mean.dtype, self._backend
         factor_noise = self._noise(seeds, self.rank, Stream.FACTOR, dtype)
         pixel_noise = self._noise(seeds, self._layout.pixels, Stream.PIXEL, dtype)
-        smooth = self._mean_rows + times(backend, factor_noise, self._factor_rows)
+        smooth = self._mean_rows + self._along(factor_noise)
         return smooth + backend.xp.sqrt(self._variance_rows) * pixel_noise
 
 
