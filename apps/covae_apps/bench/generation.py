@@ -17,7 +17,17 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from covae_apps.bench.stopwatch import Case, case, described, interleaved, machine, markdown, ratio, write_record
+from covae_apps.bench.stopwatch import (
+    UNDISTURBED,
+    Case,
+    case,
+    described,
+    interleaved,
+    machine,
+    markdown,
+    ratio,
+    write_record,
+)
 from covae_apps.demo.figures import COLOURS, STYLE
 from covae_client import Client
 from covae_client.model import Model
@@ -101,7 +111,7 @@ def measure(repository: Path, name: str, images: int, batch: int, repeats: int) 
     """One model, alone on the server."""
     registry = CollectorRegistry()
     with (
-        Service(repository, [name], ["sample", "draw"], grpc_port=0) as service,
+        Service(repository, [name], ["sample", "draw"], grpc_port=0, timing=UNDISTURBED) as service,
         Client(service.grpc_address, metrics=registry) as client,
     ):
         model = client.model(name)

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
-from covae_apps.bench.stopwatch import FEWEST_FOR_P99, described, machine, markdown, p99, write_record
+from covae_apps.bench.stopwatch import FEWEST_FOR_P99, UNDISTURBED, described, machine, markdown, p99, write_record
 from covae_apps.demo.figures import COLOURS, STYLE
 from covae_client import AsyncClient, Client
 from covae_client.aio import AsyncModel
@@ -82,7 +82,7 @@ def run_latency(
     if requests < FEWEST_FOR_P99:
         raise InvalidArgument(f"requests: found {requests}; expected {FEWEST_FOR_P99} at least, for a p99")
     facts, order = machine(), random.Random(0)
-    with Service(repository, [name], [operation], grpc_port=0) as service:
+    with Service(repository, [name], [operation], grpc_port=0, timing=UNDISTURBED) as service:
         address = service.grpc_address
         with Client(address) as client:
             model = client.model(name)

@@ -19,7 +19,17 @@ from torch import Tensor
 from covae_apps.bench.generation import DisagreeError, session_like
 from covae_apps.bench.graphs import untrained
 from covae_apps.bench.repositories import untrained_repository
-from covae_apps.bench.stopwatch import Row, case, described, interleaved, machine, markdown, ratio, write_record
+from covae_apps.bench.stopwatch import (
+    UNDISTURBED,
+    Row,
+    case,
+    described,
+    interleaved,
+    machine,
+    markdown,
+    ratio,
+    write_record,
+)
 from covae_client import Client
 from covae_client.model import Model
 from covae_core.images import channels_last, to_uint8
@@ -55,7 +65,7 @@ def run_peers(
     rows: list[Row] = []
     with (
         untrained_repository([FAMILY, PLAIN], image_shape, ["sample", "decode"], threads) as repository,
-        Service(repository, [FAMILY], ["sample"], grpc_port=0) as service,
+        Service(repository, [FAMILY], ["sample"], grpc_port=0, timing=UNDISTURBED) as service,
         Client(service.grpc_address) as client,
     ):
         model, session = client.model(FAMILY), session_like(repository, FAMILY)
