@@ -181,10 +181,11 @@ def bench_page(
     folder: Annotated[Path, typer.Option(help="where the benchmarks left their records")] = Path("bench"),
     page: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/performance.md"),
 ) -> None:
-    """Write docs/performance.md from the records that generation, latency and peers left."""
-    from covae_apps.bench.page import performance_page
+    """Write docs/performance.md, and the plots again, from the records that generation, latency and peers left."""
+    from covae_apps.bench.page import draw_plots, performance_page
 
     text = performance_page(folder)
+    draw_plots(folder)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")
     typer.echo(f"{page}: written")

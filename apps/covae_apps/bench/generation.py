@@ -261,7 +261,7 @@ def draw_plot(record: Mapping[str, Any], path: Path) -> None:
         left.set_yticks(places, names)
         left.set_xlim(0, 1.15 * max(*over, *inside))
         left.set_xlabel("seconds for 10,000 images")
-        left.legend(frameon=False, loc="lower right")
+        left.legend(frameon=False, loc="upper right")
         start = np.zeros(len(models))
         for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True):
             share = np.array([100 * item["split_ms"][phase] / sum(item["split_ms"].values()) for item in models])
@@ -269,5 +269,5 @@ def draw_plot(record: Mapping[str, Any], path: Path) -> None:
             start += share
         right.set_xlabel(f"% of a request of {record['settings']['batch']} images")
         right.set_xlim(0, 100)
-        right.legend(frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        right.legend(frameon=False, ncols=5, fontsize=7, handlelength=1, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         figure.savefig(path, dpi=160)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,39 +19,35 @@ models for one."""
 
 
 class Section(NamedTuple):
-    """A benchmark's part of the page: the command that leaves its record, what it is about, and its tables."""
+    """A benchmark's part of the page: what it is about, its tables, and its plot; the record knows the command."""
 
     title: str
-    command: str
     text: str
     tables: Callable[[Mapping[str, Any]], str]
-    plot: str = ""
+    plot: Callable[[Mapping[str, Any], Path], None] | None = None
 
 
 SECTIONS = {
     generation.NAME: Section(
         "Generation time",
-        "covae bench generation --untrained 64x64x3",
         """The papers' comparison (Spatial VAE, Table 2: seconds for 10,000 images), made honest: through the server
 that a user has, beside the same graph in process, images compared first. Untrained models take a trained one's time.
 Several images of one latent cost one decoder pass for every eight.""",
         generation.as_markdown,
-        "generation.png",
+        generation.draw_plot,
     ),
     peers.NAME: Section(
         "Beside others",
-        "covae bench peers",
         """The same images from ONNX Runtime, PyTorch and OpenVINO in process, alternated with ours over gRPC. What is
 wanted is what the project set itself: a server that costs next to nothing over the graph that it runs.""",
         peers.as_markdown,
     ),
     latency.NAME: Section(
         "Latency",
-        "covae bench latency sos-vae --untrained 64x64x3",
         """MLPerf's scenarios. Server's requests arrive by a Poisson process whatever the server does, and a latency
 counts from when its request was due, so nothing is hidden by a client that waits.""",
         latency.as_markdown,
-        "latency.png",
+        latency.draw_plot,
     ),
 }
 
@@ -63,15 +59,34 @@ def performance_page(folder: Path) -> str:
         InvalidArgument: there is none.
     """
     parts = [OPENING]
-    for name, section in SECTIONS.items():
-        path = folder / f"{name}.json"
-        if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            picture = [f"![{section.title}](../bench/{section.plot})"] if section.plot else []
-            text = [f"## {section.title}", f"    {section.command}", section.text, *picture, section.tables(record)]
-            parts.append("\n\n".join(text))
+    for name, record in _records(folder):
+        section = SECTIONS[name]
+        picture = [f"![{section.title}](../bench/{name}.png)"] if section.plot else []
+        text = [
+            f"## {section.title}",
+            f"    {record['machine']['command']}",
+            section.text,
+            *picture,
+            section.tables(record),
+        ]
+        parts.append("\n\n".join(text))
     if len(parts) == 1:
         raise InvalidArgument(
             f"{folder}: no records; expected some of {', '.join(f'{name}.json' for name in SECTIONS)}"
         )
     return "\n\n".join(parts) + "\n"
+
+
+def draw_plots(folder: Path) -> None:
+    """Draw the plots of the records in a folder again."""
+    for name, record in _records(folder):
+        plot = SECTIONS[name].plot
+        if plot is not None:
+            plot(record, folder / f"{name}.png")
+
+
+def _records(folder: Path) -> Iterator[tuple[str, Any]]:
+    for name in SECTIONS:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            yield name, json.loads(path.read_text(encoding="utf-8"))

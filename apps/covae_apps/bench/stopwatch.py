@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,8 +76,9 @@ def p99(seconds: Sequence[float] | NDArray[np.float64]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: machine, load, versions, commit, date."""
+    """What the figures depend on: command, machine, load, versions, commit, date."""
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
         "gpu": _gpu(),
