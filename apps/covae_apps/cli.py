@@ -136,6 +136,9 @@ def bench_latency(
         float | None, typer.Option(min=0.1, help="on the p99 of Server, ms  [5 times the median of SingleStream]")
     ] = None,
     requests: Annotated[int, typer.Option(help="of a run of SingleStream and Server, 459 at least")] = 459,
+    witness: Annotated[
+        Path | None, typer.Option(help="NVIDIA's perf_analyzer, to measure Offline's best point too")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")] = 2,
     device: Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")] = "cpu",
     folder: Folder = Path("bench"),
@@ -152,7 +155,7 @@ def bench_latency(
     from covae_apps.bench.repositories import benchmarked
 
     with benchmarked(repository, [name], untrained, [operation], threads, device) as (place, (chosen,)):
-        run_latency(place, chosen, operation, bound, requests, folder, Console())
+        run_latency(place, chosen, operation, bound, requests, folder, Console(), witness)
 
 
 @bench.command("peers")

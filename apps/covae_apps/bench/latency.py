@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
+import subprocess
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,7 @@ from covae_apps.demo.figures import COLOURS, STYLE
 from covae_client import AsyncClient, Client
 from covae_client.aio import AsyncModel
 from covae_client.model import Model
+from covae_core.contract import served_name
 from covae_core.errors import InvalidArgument
 from covae_serving.service import Service
 
@@ -69,9 +72,18 @@ class Quoted:
 
 
 def run_latency(
-    repository: Path, name: str, operation: str, bound_ms: float | None, requests: int, folder: Path, console: Console
+    repository: Path,
+    name: str,
+    operation: str,
+    bound_ms: float | None,
+    requests: int,
+    folder: Path,
+    console: Console,
+    witness: Path | None = None,
 ) -> dict[str, Any]:
     """Measure one operation of a model in the three scenarios; leaves latency.json, .md and .png in a folder.
+
+    witness: NVIDIA's perf_analyzer, to measure Offline's best point too.
 
     Raises:
         InvalidArgument: the operation is none of OPERATIONS, or fewer requests than a p99 needs.
@@ -82,7 +94,8 @@ def run_latency(
     if requests < FEWEST_FOR_P99:
         raise InvalidArgument(f"requests: found {requests}; expected {FEWEST_FOR_P99} at least, for a p99")
     facts, order = machine(), random.Random(0)
-    with Service(repository, [name], [operation], grpc_port=0, timing=UNDISTURBED) as service:
+    opened = [] if witness is None else ["statistics"]
+    with Service(repository, [name], [operation], grpc_port=0, timing=UNDISTURBED, open_protocols=opened) as service:
         address = service.grpc_address
         with Client(address) as client:
             model = client.model(name)
@@ -92,6 +105,7 @@ def run_latency(
             streams = [single_stream(ask, requests) for _ in range(RUNS)]
             console.print("Offline …")
             offline = run_offline(model, operation, order)
+            witnessed = {} if witness is None else beside_witness(witness, model, operation, address, offline)
         median_ms = 1e3 * float(np.median(np.concatenate(streams)))
         limit_ms = bound_ms or BOUND * median_ms
         console.print(f"Server, p99 at most {limit_ms:.1f} ms …")
@@ -105,6 +119,7 @@ def run_latency(
         },
         "offline_rows_per_second": offline,
         "server": server,
+        "witness": witnessed,
     }
     page = as_markdown(record)
     write_record(folder, NAME, record, page)
@@ -148,6 +163,42 @@ def run_offline(model: Model, operation: str, order: random.Random) -> list[dict
         for point in order.sample(grid, len(grid)):
             found[point].append(throughput(question(model, operation), *point))
     return [{"batch": batch, "clients": clients, **asdict(Quoted.of(runs))} for (batch, clients), runs in found.items()]
+
+
+def beside_witness(
+    binary: Path, model: Model, operation: str, address: str, offline: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Offline's best point by us and by perf_analyzer, alternated, in rows a second.
+
+    Raises:
+        InvalidArgument: perf_analyzer cannot be run, or says no throughput.
+    """
+    best = max(offline, key=lambda item: float(item["value"]))
+    batch, clients = best["batch"], best["clients"]
+    rows = OFFLINE_S * best["value"]
+    command = [
+        str(binary), "-m", served_name(model.name, operation), "-u", address, "-i", "grpc", "-b", str(batch),
+        "--concurrency-range", str(clients), "--request-count", str(max(clients, round(rows / batch))),
+    ]  # fmt: skip
+    ours, theirs = [], []
+    for _ in range(RUNS):
+        ours.append(throughput(question(model, operation), batch, clients))
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise InvalidArgument(f"--witness: {binary}: cannot be run: {error.strerror}") from error
+        found = re.search(r"Throughput: ([0-9.]+)", done.stdout)
+        if found is None:
+            raise InvalidArgument(
+                f"--witness: {binary} gave no throughput: {(done.stderr or done.stdout).strip()[-500:]}"
+            )
+        theirs.append(float(found[1]))
+    return {
+        "batch": batch,
+        "clients": clients,
+        "ours": asdict(Quoted.of(ours)),
+        "perf_analyzer": asdict(Quoted.of(theirs)),
+    }
 
 
 def throughput(ask: Ask, batch: int, clients: int) -> float:
@@ -250,10 +301,22 @@ def as_markdown(record: Mapping[str, Any]) -> str:
             markdown(("batch", *(f"{clients} clients" for clients in CLIENTS)), offline),
             verdict,
             markdown(("requests a second", "of the highest rate", "p99, ms"), arrivals),
+            *witness_text(record.get("witness")),
             f"Medians of {settings['runs']} runs in random order, {settings['requests']} requests behind each p99. "
             f"{described(record['machine'])}.",
         ]
     )
+
+
+def witness_text(witness: Mapping[str, Any] | None) -> list[str]:
+    """What perf_analyzer says of Offline's best point."""
+    if not witness:
+        return []
+    ours, theirs = quoted(witness["ours"]), quoted(witness["perf_analyzer"])
+    return [
+        f"NVIDIA's perf_analyzer at batch {witness['batch']} and {witness['clients']} clients, alternated with ours: "
+        f"{theirs.text(0)} rows a second beside {ours.text(0)}, {theirs.value / ours.value:.2f} of it."
+    ]
 
 
 def draw_plot(record: Mapping[str, Any], path: Path) -> None:
