@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -129,8 +131,10 @@ def _staging_folder(repository: Path) -> Path:
 
 
 Stage = Callable[[Operation], list[Disagreement]]
-# What a forked process is to do: it has all that this one had, where a model that is sent would have to be picklable.
+# In a forked process, what it is to do: it has all that this one had, where a model that is sent would have to be
+# picklable.
 _forked: Stage
+PR_SET_PDEATHSIG = 1
 
 
 def _each(
@@ -141,11 +145,12 @@ def _each(
         for operation in operations:
             yield operation, partial(stage, operation)
         return
-    global _forked
-    _forked = stage
     # The longest first. One torch thread each, so no pool of threads is lost by forking.
     order = sorted(operations, key=lambda operation: operation.name not in LONGEST)
-    with warnings.catch_warnings(), ProcessPoolExecutor(min(jobs, len(order)), get_context("fork")) as pool:
+    with (
+        warnings.catch_warnings(),
+        ProcessPoolExecutor(min(jobs, len(order)), get_context("fork"), _begin_fork, (stage, os.getpid())) as pool,
+    ):
         warnings.simplefilter("ignore", DeprecationWarning)
         results = {operation.name: pool.submit(_stage_forked, operation.name) for operation in order}
         try:
@@ -155,8 +160,17 @@ def _each(
             pool.shutdown(cancel_futures=True)
 
 
-def _stage_forked(name: str) -> list[tuple[str, float, float]]:
+def _begin_fork(stage: Stage, parent: int) -> None:
+    """Take over the work, and die with the process that it is for."""
+    global _forked
+    _forked = stage
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it was asked for
+        os._exit(1)
     use_threads(1)
+
+
+def _stage_forked(name: str) -> list[tuple[str, float, float]]:
     return [(item.output, item.error, item.tolerance) for item in _forked(OPERATIONS[name])]
 
 
@@ -165,7 +179,8 @@ def _result(found: Future[list[tuple[str, float, float]]], operation: Operation)
         return [Disagreement(operation, *item) for item in found.result()]
     except BrokenProcessPool as error:
         raise ExportError(
-            f"{operation.name}: the process that exported it died, perhaps for lack of memory; try --jobs 1"
+            "a process died while it exported an operation, perhaps for lack of memory; nothing was published, try "
+            "--jobs 1"
         ) from error
 
 

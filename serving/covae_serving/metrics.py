@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from threading import Thread
 from typing import Any
 
@@ -18,7 +19,8 @@ from covae_serving.ports import cannot_be_bound
 from covae_serving.regions import SHARED_MEMORY
 from covae_serving.repository import ServedModel
 
-FETCH_S = 0.5
+# Prometheus itself waits ten.
+FETCH_S = 5.0
 # Of a stop: how long the page's thread looks away.
 POLL_S = 0.1
 
@@ -37,8 +39,10 @@ class SupervisorMetrics:
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self.registry = CollectorRegistry()
         labels = ("model", "operation")
-        self._up = Gauge("covae_up", "1 while Triton runs and answers", registry=self.registry)
-        self._model_up = Gauge("covae_model_up", "1 while the model answers", labels, registry=self.registry)
+        # On the page once the first Triton has answered: a start is no fault.
+        self._up = Gauge("covae_up", "1 while Triton runs and answers", registry=None)
+        self._model_up = Gauge("covae_model_up", "1 while the model answers", labels, registry=None)
+        self._started = False
         self._heals = Counter("covae_heals_total", "Models loaded anew after a fault", labels, registry=self.registry)
         self._last_heal = Gauge(
             "covae_last_heal_seconds", "From a fault to an answer, the last time", labels, registry=self.registry
@@ -59,6 +63,10 @@ class SupervisorMetrics:
 
     def up(self, failing: Iterable[str] = ()) -> None:
         """Triton answers, and so do all models but these."""
+        if not self._started:
+            self._started = True
+            self.registry.register(self._up)
+            self.registry.register(self._model_up)
         self._up.set(1)
         down = set(failing)
         for name, labels in self._labels.items():
@@ -92,6 +100,15 @@ def _shared_memory(share: str) -> float:
     return float(getattr(found, share) * found.f_frsize)
 
 
+class Listener(ThreadingHTTPServer):
+    """Does not ask for the host's name, which may take a resolver a minute."""
+
+    def server_bind(self) -> None:
+        """Bind, and no more."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+
 class MetricsPage:
     """Serves `/metrics`: the supervisor's, then Triton's, fetched when the page is asked for. Closed, it is gone.
 
@@ -118,10 +135,9 @@ class MetricsPage:
                 """A line for every scrape would drown the others."""
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = Listener((host, port), Handler)
         except OSError as error:
             raise ServingError(cannot_be_bound(host, port, "--metrics-port")) from error
-        self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         self._thread = Thread(target=self._server.serve_forever, args=(POLL_S,), name="covae-metrics", daemon=True)
         self._thread.start()

@@ -47,6 +47,13 @@ def cannot_be_bound(host: str, port: int, option: str) -> str:
     )
 
 
+def free_port(host: str) -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])
+
+
 def is_free(host: str, port: int) -> bool:
     """Whether a server could listen there now."""
     with socket.socket() as listener:

@@ -16,7 +16,7 @@ from covae_serving.errors import ServingError
 from covae_serving.health import NO_ANSWER, Timing
 from covae_serving.installation import find_installation, has_gpu
 from covae_serving.metrics import fetch_page
-from covae_serving.ports import LOOPBACK, choose_ports, is_free
+from covae_serving.ports import LOOPBACK, choose_ports, free_port, is_free
 from covae_serving.probe import probe_request
 from covae_serving.process import TritonProcess
 from covae_serving.regions import Regions, remove_stale
@@ -108,7 +108,8 @@ class Server:
 
     def metrics_page(self) -> bytes:
         """The page of the Triton that runs now; empty if none does. Any thread may ask."""
-        return fetch_page(self._metrics_url) if self._metrics_url else b""
+        url = self._metrics_url
+        return fetch_page(url) if url else b""
 
     def launch(self) -> dict[str, str]:
         """Start Triton and wait until every model has been tried with a real inference.
@@ -122,7 +123,7 @@ class Server:
         """
         if self.ports is not None:  # a restart keeps the addresses that clients know
             self.models = {name: self._read_again(model) for name, model in self.models.items()}
-            return self._start(self.ports)
+            return self._start((self.ports[0], free_port(LOOPBACK)))
         for _ in range(BIND_ATTEMPTS):
             ports = choose_ports(self._host, self._asked_port)
             try:

@@ -205,9 +205,11 @@ class Service:
                 self._ready.set()
                 Supervisor(self._server, self._timing, self._stopping, self._metrics).run()
             finally:
-                if self._page is not None:
-                    self._page.close()
-                self._server.stop()
+                try:
+                    self._server.stop()
+                finally:
+                    if self._page is not None:
+                        self._page.close()
         except Stopped:
             pass
         except BaseException as error:

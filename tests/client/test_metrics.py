@@ -98,7 +98,9 @@ def test_the_buckets_reach_from_half_a_millisecond_to_a_minute(registry, address
     assert np.all(np.diff(np.log(edges)) < np.log(1.26))
 
 
-def test_what_is_no_registry_is_refused(address):
+def test_what_is_no_registry_or_tracer_is_refused(address):
+    with pytest.raises(InvalidArgument, match="tracer: found 'here', expected an OpenTelemetry tracer"):
+        Client(address, tracer="here")
     with pytest.raises(InvalidArgument, match="metrics: found 'here', expected a prometheus_client"):
         Client(address, metrics="here")
 
@@ -111,7 +113,7 @@ def test_a_command_serves_its_metrics_while_it_runs(address, free_port):
         with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics") as page:
             text = page.read().decode()
         taken = commands.open_model("toy", address, 5.0, free_port)
-        with pytest.raises(InvalidArgument, match=f"--metrics-port: found {free_port}, which is in use"), taken:
+        with pytest.raises(InvalidArgument, match=f"--metrics-port: found {free_port}, which cannot be bound"), taken:
             pass
     assert 'covae_client_rows_total{model="toy",operation="sample"} 3.0' in text
     with pytest.raises(OSError, match="refused"):
@@ -137,17 +139,23 @@ def test_a_traced_request_is_a_span_that_the_server_hears_of(address, triton, re
         tracer.start_as_current_span("user's") as parent,
         Client(address, tracer=tracer, metrics=registry, retry=QUICK, headers={"x-own": "1"}) as client,
     ):
-        client.model("toy").sample(3)
-    request, _ = finished()
+        client.model("toy").sample(20)  # in three requests, by threads of the client's
+    request, *others = finished()[:3]
+    assert {item.parent.span_id for item in others} == {request.parent.span_id}
     trace_id = f"{parent.get_span_context().trace_id:032x}"
     assert request.name == "covae sample"
     assert request.parent.span_id == parent.get_span_context().span_id
-    assert {"covae.model": "toy", "covae.rows": 3, "covae.retries": 1}.items() <= request.attributes.items()
-    assert triton.headers["traceparent"].startswith(f"00-{trace_id}-{request.context.span_id:016x}-")
+    told = [dict(item.attributes) for item in finished()[:3]]
+    assert {(item["covae.model"], item["covae.rows"]) for item in told} == {("toy", 8), ("toy", 4)}
+    assert sum(item["covae.retries"] for item in told) == 1
+    spans = {f"{item.context.span_id:016x}" for item in finished()[:3]}
+    assert triton.headers["traceparent"].split("-")[1] == trace_id
+    assert triton.headers["traceparent"].split("-")[2] in spans
     assert triton.headers["x-own"] == "1"
     (family,) = [item for item in registry.collect() if item.name == "covae_client_request_seconds"]
     exemplars = [sample.exemplar.labels for sample in family.samples if sample.exemplar]
-    assert exemplars == [{"trace_id": trace_id}]
+    assert exemplars
+    assert all(labels == {"trace_id": trace_id} for labels in exemplars)
 
 
 def test_a_failed_request_is_a_failed_span_and_asyncio_has_them_too(address, triton, spans):

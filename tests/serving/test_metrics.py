@@ -103,6 +103,20 @@ def test_a_failed_request_is_one_of_its_outcome(service, caller):
     becomes(service, 1, "covae_requests_total", **of("sample", outcome="failed"))
 
 
+def test_warm_ups_are_nobodys_requests(tmp_path, write_toy, serve, connect):
+    def warmed(config):
+        warm_up = config.model_warmup.add(name="zeros", batch_size=1)
+        row = warm_up.inputs["latent"]
+        row.data_type, row.zero_data = config.input[0].data_type, True
+        row.dims.extend(config.input[0].dims)
+
+    service = serve(write_toy(tmp_path, operations=["decode"], change=warmed))
+    assert value(service, "covae_requests_total", **of("decode", outcome="answered")) == 0
+    assert value(service, "covae_batch_rows_count", **of("decode")) == 0
+    connect(service.grpc_address).infer("toy_decode", latent=LATENT)
+    becomes(service, 1, "covae_requests_total", **of("decode", outcome="answered"))
+
+
 def test_the_log_names_the_request_that_failed(tmp_path, write_toy, serve, caplog):
     caplog.set_level("DEBUG", logger="covae.triton")
     service = serve(write_toy(tmp_path, operations=["sample"]))
@@ -138,8 +152,9 @@ def test_the_page_outlives_triton_and_tells_of_its_healing(toy_repository, tmp_p
     assert value(service, "covae_last_restart_seconds") > 0
 
 
-def test_a_chosen_grpc_port_leaves_the_metrics_at_their_own(toy_repository):
+def test_a_free_grpc_port_brings_a_free_one_for_the_metrics_and_a_chosen_one_the_usual(toy_repository, free_port):
     """--port 0 is for a second service beside a first, which has the usual metrics port."""
+    assert Service(toy_repository, grpc_port=free_port)._metrics_port == 8002
     with Service(toy_repository, operations=["decode"], grpc_port=0) as service:
         assert service.metrics_url != "http://127.0.0.1:8002/metrics"
         assert value(service, "covae_up") == 1

@@ -73,6 +73,11 @@ def in_units(images: Tensor, noise: torch.Generator | None = None) -> Tensor:
     return levels / 255
 
 
+def level_noise(seed: int) -> torch.Generator:
+    """What dequantises the images of an evaluation with this seed; its latents' noise comes from the seed itself."""
+    return torch.Generator().manual_seed(seed ^ 0x5DEECE66D)
+
+
 @dataclass(frozen=True)
 class ImageData:
     """Training and held-out images, uint8, and validation images if the data has a split of them beside `test`.

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +25,7 @@ from covae_core.calibration import Calibration
 from covae_core.errors import InvalidArgument
 from covae_train.calibration import load_calibration
 from covae_train.config import RunConfig
-from covae_train.data import in_units
+from covae_train.data import in_units, level_noise
 from covae_train.errors import CheckpointError
 from covae_train.families import Family, build_model, find_family
 from covae_train.image_model import ImageModel, Vae
@@ -149,7 +148,7 @@ class TrainedRun:
     def units(self, images: Tensor, seed: int) -> Tensor:
         """Images (N, C, H, W) uint8 on [0, 1] as the run was trained on them: dequantised, with noise of this seed, if
         they were."""
-        return in_units(images, torch.Generator().manual_seed(seed) if self.config.dequantise else None)
+        return in_units(images, level_noise(seed) if self.config.dequantise else None)
 
 
 def load_run(folder: Path, *, calibrated: bool = True) -> TrainedRun:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
+from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
 from covae_apps.bench.stopwatch import (
     UNDISTURBED,
@@ -34,6 +35,7 @@ from covae_client.model import Model
 from covae_core.contract import served_name
 from covae_core.errors import CovaeError
 from covae_core.noise import row_seeds
+from covae_serving.errors import ServingError
 from covae_serving.metrics import fetch_page
 from covae_serving.repository import read_repository
 from covae_serving.service import Service
@@ -164,7 +166,7 @@ def session_like(repository: Path, name: str) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = int(model.config.parameters["intra_op_thread_count"].string_value)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     versions = [int(path.name) for path in model.folder.iterdir() if path.name.isdigit()]
-    gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    gpu = any(group.kind == ModelInstanceGroup.KIND_GPU for group in model.config.instance_group)
     providers = [*(["CUDAExecutionProvider"] if gpu else []), "CPUExecutionProvider"]
     return onnxruntime.InferenceSession(model.folder / str(max(versions)) / "model.onnx", options, providers=providers)
 
@@ -190,6 +192,8 @@ def clocks(service: Service, registry: CollectorRegistry, name: str) -> dict[str
     client = registry.get_sample_value("covae_client_request_seconds_sum", {**labels, "outcome": "answered"})
     found = {"client": client or 0.0, "queue": 0.0, "input": 0.0, "compute": 0.0, "output": 0.0}
     page = fetch_page(service.metrics_url).decode()
+    if "covae_phase_seconds" not in page:
+        raise ServingError(f"{service.metrics_url}: found no covae_phase_seconds; expected Covae's own backend to run")
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
             if sample.name == "covae_phase_seconds_sum" and labels.items() <= sample.labels.items():

@@ -37,7 +37,7 @@ class Client:
 
     Raises:
         InvalidArgument: the address is no HOST:PORT, timeout or retry is of another kind, a header's name cannot be
-            sent, a file of `tls` cannot be read, or metrics is no registry.
+            sent, a file of `tls` cannot be read, metrics is no registry, or tracer no tracer.
     """
 
     def __init__(
@@ -109,6 +109,8 @@ def checked_settings(
     if not ADDRESS.fullmatch(address):
         raise InvalidArgument(f"address: found {address!r}, expected HOST:PORT, for example {DEFAULT_ADDRESS}")
     measured = None if metrics is None else metrics_in(metrics)
+    if tracer is not None and not hasattr(tracer, "start_as_current_span"):
+        raise InvalidArgument(f"tracer: found {tracer!r}, expected an OpenTelemetry tracer")
     return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(headers or {}), measured, tracer)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -381,7 +382,8 @@ def _in_flight(send: Callable[[slice], Result], parts: list[slice]) -> Iterator[
         return
     pool = ThreadPoolExecutor(min(MAX_IN_FLIGHT, len(parts)), thread_name_prefix="covae")
     try:
-        for future in [pool.submit(send, part) for part in parts]:
+        # With the caller's context, in which a trace may be open.
+        for future in [pool.submit(copy_context().run, send, part) for part in parts]:
             # Python can miss a Ctrl-C that comes just before a wait without end, and then waits on.
             while not wait([future], INTERRUPT_POLL_S).done:
                 pass

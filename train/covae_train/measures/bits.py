@@ -7,7 +7,7 @@ from math import log
 
 import torch
 
-from covae_train.data import ImageData, in_units
+from covae_train.data import ImageData, in_units, level_noise
 from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
 from covae_train.measures.bound import bounds_of_units
 from covae_train.run import TrainedRun
@@ -29,7 +29,7 @@ def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str
     As they are, 8-bit images lie on a grid, on which a density can be as high as its least variance allows; with
     uniform noise of one level no model has fewer bits than a code for the levels needs on average.
     """
-    images, noise = data.held_out[: settings.images], torch.Generator().manual_seed(settings.seed)
+    images, noise = data.held_out[: settings.images], level_noise(settings.seed)
     found, degrees = {}, degrees_of(run)
     for name, units in (("as they are", in_units(images)), ("dequantised", in_units(images, noise))):
         bounds, _ = bounds_of_units(run, units, settings.samples, settings.seed)

@@ -26,14 +26,15 @@ class Factored(Density):
     def made_by(self: OneFactored, maker: Callable[[Array], Array]) -> OneFactored:
         """This density, told how to make P w of noise (B, R), (B, S), without P, for single draws of each row.
 
-        Whoever makes P from something smaller, as a network's last layer does, saves building it.
+        Whoever makes P from something smaller, as a network's last layer does, saves building it in an exported graph,
+        where what nobody uses falls away. Elsewhere P is there, and used.
         """
         self._maker = maker
         return self
 
     def _along(self, noise: Array) -> Array:
         """P w. shape: (N, B, R) → (N, B, S)"""
-        if self._maker is not None and noise.shape[0] == 1:
+        if self._maker is not None and noise.shape[0] == 1 and not self._backend.looks:
             return self._maker(noise[0])[None]
         return times(self._backend, noise, self._factor_rows)
 

@@ -171,7 +171,7 @@ class TritonPythonModel:
             check_signature("output", self.outputs, self.session.get_outputs(), self.batched)
         except LoadError as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from error
-        self.name = config["name"]
+        self.name, self.probed = config["name"], False
         self.meter = Meter(self.name)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -184,7 +184,8 @@ class TritonPythonModel:
                 job = self._read(index, request)
             except RequestError as error:
                 responses[index] = failure(str(error), pb_utils.TritonError.INVALID_ARG)
-                self.meter.count("refused")
+                if self._is_users(request.request_id()):
+                    self.meter.count("refused")
                 self._log("refused", request.request_id(), error)
             else:
                 batches.setdefault(job.shapes if self.batched else index, []).append(job)
@@ -192,8 +193,9 @@ class TritonPythonModel:
             for index, response in self._answer(jobs, watch):
                 responses[index] = response
             seconds = watch.finish("output")
-            if any(job.id != PROBE_ID for job in jobs):
-                self.meter.observe(seconds, sum(job.rows for job in jobs))
+            rows = sum(job.rows for job in jobs if self._is_users(job.id))
+            if rows:
+                self.meter.observe(seconds, rows)
         return responses
 
     def _read(self, index: int, request: Any) -> Job:
@@ -237,12 +239,17 @@ class TritonPythonModel:
         return answers
 
     def _count(self, jobs: Sequence[Job], outcome: str, error: Exception | None = None) -> None:
-        users = sum(job.id != PROBE_ID for job in jobs)
+        users = sum(self._is_users(job.id) for job in jobs)
         if users:
             self.meter.count(outcome, users)
         if error is not None:
             for job in jobs:
                 self._log(outcome, job.id, error)
+
+    def _is_users(self, request_id: str) -> bool:
+        """Not a probe, nor a warm-up: these have no id, and come before the supervisor's first probe."""
+        self.probed = self.probed or request_id == PROBE_ID
+        return self.probed and request_id != PROBE_ID
 
     def _log(self, outcome: str, request_id: str, error: Exception) -> None:
         pb_utils.Logger.log_warn(f"{self.name}: request {request_id or 'without id'} {outcome}: {error}")
@@ -256,8 +263,10 @@ class TritonPythonModel:
         for tensor in outputs:
             binding.bind_output(tensor.name, "cpu")
         watch.lap("input")
-        self.session.run_with_iobinding(binding, self.run_options)
-        watch.lap("compute")
+        try:
+            self.session.run_with_iobinding(binding, self.run_options)
+        finally:
+            watch.lap("compute")
         rows = sum(job.rows for job in jobs) if self.batched else None
         arrays = binding.copy_outputs_to_cpu()
         return {tensor.name: check_output(tensor, array, rows) for tensor, array in zip(outputs, arrays, strict=True)}
@@ -284,12 +293,12 @@ class Stopwatch:
 
 
 class Meter:
-    """Metrics of one model on Triton's page, which Triton adds up over its instances. The supervisor's probes are left
-    out of all of them.
+    """Metrics of one model on Triton's page, which Triton adds up over its instances. Warm-ups and the supervisor's
+    probes are left out of all of them.
 
     covae_phase_seconds{model, operation, phase}: input (reading and joining requests), compute (the graph), output
         (checking and splitting results); one observation an executed batch
-    covae_batch_rows{model, operation}: rows of an executed batch
+    covae_batch_rows{model, operation}: users' rows in an executed batch
     covae_requests_total{model, operation, outcome}: answered; refused, as the request was wrong; failed
 
     Each update is a message to Triton, of 30 µs; a thread sends them while the next batch is computed.
