@@ -74,7 +74,7 @@ class Service:
         self._trace_url = trace_url
         unknown = [name for name in open_protocols if name not in OPENABLE]
         if unknown:
-            raise ServingError(f"open_protocols: found {unknown[0]!r}; expected some of {', '.join(OPENABLE)}")
+            raise ServingError(f"--open, open_protocols: found {unknown[0]!r}; expected some of {', '.join(OPENABLE)}")
         self._open_protocols = tuple(open_protocols)
         self.models: tuple[ServedModel, ...] = read_repository(repository, names, operations)
         self._repository = repository

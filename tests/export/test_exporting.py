@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -244,5 +245,22 @@ def test_graphs_that_disagree_with_torch_leave_the_repository_as_it_was(run_fold
     (entry / "1" / "model.onnx").write_bytes(b"an earlier version")
     before = snapshot(tmp_path)
     with pytest.raises(ExportError, match=r"nothing was published: decode\.mean: .*score\.log_weight: "):
-        export_run(run, tmp_path, "toy")
+        export_run(run, tmp_path, "toy", jobs=1)
     assert snapshot(tmp_path) == before
+
+
+class Dies(torch.nn.Module):
+    """Ends the process that exports it, as the system does where memory runs out."""
+
+    def forward(self, features):
+        if torch.compiler.is_exporting():
+            os._exit(1)
+        return features[:, :1]
+
+
+def test_a_process_that_dies_is_told_and_nothing_is_published(run_folders, tmp_path):
+    run = load_run(run_folders["beta-vae"])
+    run.model.head.mean = Dies()
+    with pytest.raises(ExportError, match=r"a process died while it exported an operation.* try --jobs 1"):
+        export_run(run, tmp_path, "toy", jobs=2)
+    assert list(tmp_path.iterdir()) == []

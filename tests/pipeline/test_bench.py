@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from covae_apps.bench import latency, peers
 from covae_apps.bench.generation import PHASES, run_generation
 from covae_apps.bench.latency import Quoted, as_markdown, draw_plot, open_loop, run_latency
 from covae_apps.bench.repositories import benchmarked
@@ -34,6 +35,40 @@ def test_generation_measures_every_model_and_says_where_the_time_goes(repository
     assert {"processor", "cores", "load", "commit", "onnxruntime"} <= set(record["machine"])
     with Image.open(tmp_path / "generation.png") as picture:
         assert picture.width > 800
+
+
+@pytest.mark.slow
+def test_latency_measures_the_three_scenarios_and_hears_a_witness(repository, tmp_path, monkeypatch):
+    """With next to no runs; as witness a program that says what perf_analyzer would."""
+    monkeypatch.setattr(latency, "RUNS", 2)
+    monkeypatch.setattr(latency, "BATCHES", (1, 8))
+    monkeypatch.setattr(latency, "CLIENTS", (1, 2))
+    monkeypatch.setattr(latency, "OFFLINE_S", 0.2)
+    monkeypatch.setattr(latency, "BISECTIONS", 1)
+    witness = tmp_path / "perf_analyzer"
+    witness.write_text('#!/bin/sh\necho "$@" >> "$0.said"\necho "    Throughput: 123.4 infer/sec"\n')
+    witness.chmod(0o755)
+    name = next(path.name for path in repository.glob("*_sample")).removesuffix("_sample")
+    record = run_latency(repository, name, "sample", None, 459, tmp_path, Console(quiet=True), witness)
+    assert json.loads(json.dumps(record)) == json.loads((tmp_path / "latency.json").read_text())
+    assert list(record["witness"]["perf_analyzer"]["runs"]) == [123.4, 123.4]
+    said = (tmp_path / "perf_analyzer.said").read_text().splitlines()[0]
+    assert f"-m {name}_sample" in said
+    assert [len(item["runs"]) for item in record["offline_rows_per_second"]] == [2] * 4
+    assert "123 rows a second beside" in (tmp_path / "latency.md").read_text()
+    scored = run_latency(repository, name, "score", None, 459, tmp_path, Console(quiet=True))
+    assert scored["single_stream_ms"]["p50"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_peers_compares_the_images_first_and_says_what_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "CLIENTS_S", 0.2)
+    rows = peers.run_peers((8, 8, 1), 3, 1, False, tmp_path, Console(quiet=True))
+    names = [row.name for row in rows]
+    assert len(names) == len(set(names)) >= 13
+    page = (tmp_path / "peers.md").read_text()
+    assert all(name in page for name in names)
+    assert ("OpenVINO in process is left out" in page) == all("OpenVINO" not in name for name in names)
 
 
 def test_an_open_loop_counts_from_when_a_request_was_due():

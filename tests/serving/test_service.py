@@ -82,7 +82,10 @@ def test_statistics_can_be_opened_and_no_more(toy_repository, serve, connect):
     assert [model.name for model in found.model_stats] == ["toy_decode"]
     with pytest.raises(grpc.RpcError, match="restricted"):
         caller.stub.RepositoryIndex(messages.RepositoryIndexRequest())
-    with pytest.raises(ServingError, match="found 'model-repository'; expected some of statistics, trace, logging"):
+    with pytest.raises(
+        ServingError,
+        match="--open, open_protocols: found 'model-repository'; expected some of statistics, trace, logging",
+    ):
         Service(toy_repository, open_protocols=["model-repository"])
 
 

@@ -233,11 +233,15 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         split = item["split_ms"]
         where.append([item["model"], *(f"{split[phase]:.2f}" for phase in PHASES), f"{sum(split.values()):.1f}"])
     heads = (
-        "model", "image", "10,000 images, s", "images/s", "in process, images/s", "share", "first image, ms",
+        "model", "image", "10,000 images, s", "images/s", "in process, images/s", "gRPC's share of that",
+        "first image, ms",
         f"{DRAWS[0]}, {DRAWS[1]}, {DRAWS[2]} draws of one latent, ms",
     )  # fmt: skip
     return "\n\n".join(
         [
+            f"Seconds of 10,000 images and images/s are of a run of {record['settings']['images']} over gRPC, once, in "
+            f"requests of {batch} of which four are in flight. In process is the same graph in ONNX Runtime; gRPC's "
+            "share is what is left of its rate over gRPC, one request at a time on both sides, alternated.",
             markdown(heads, fast),
             f"A request of {batch} images, one at a time, means in ms by the server's own metrics:",
             markdown(("model", *PHASES, "in all"), where),

@@ -46,7 +46,8 @@ IN_PROCESS = {1: 1.0, 16: 1 / 0.98, 64: 1 / 0.99}
 EAGER, COMPILED, OPENVINO, STRUCTURED, CONCURRENT = 1 / 1.5, 1 / 1.1, 1 / 0.95, 1.05, 1 / 0.95
 # One image over gRPC may take so much longer than in process, whatever IN_PROCESS says of it.
 MOST_MS = 1.0
-CLIENTS, CLIENTS_S = 8, 4.0
+CLIENTS, CLIENTS_S, CONCURRENT_RUNS = 8, 4.0, 3
+SMALL_REPEATS = 20
 # uint8 images may differ by a grey level where a value is next to ½.
 LEVELS = 1
 
@@ -63,6 +64,7 @@ def run_peers(
     torch.set_num_threads(threads)
     network, _ = untrained(image_shape, 1, 1, FAMILY)
     rows = [round_trip(repeats)]
+    omitted: dict[str, str] = {}
     with (
         untrained_repository([FAMILY, PLAIN], image_shape, ["sample", "decode"], threads) as repository,
         Service(repository, [FAMILY], ["sample"], grpc_port=0, timing=UNDISTURBED) as service,
@@ -70,13 +72,15 @@ def run_peers(
     ):
         model, session = client.model(FAMILY), session_like(repository, FAMILY)
         for batch in BATCHES:
-            rows += arms(model, session, network, repository, batch, repeats, compiled, console)
+            found, left_out = arms(model, session, network, repository, batch, repeats, compiled)
+            rows, omitted = rows + found, omitted | left_out
         rows.append(concurrent(service.grpc_address, session))
-        rows += structured(repository, session, repeats, console)
+        rows += structured(repository, session, repeats)
     record = {
         "machine": facts,
         "settings": {"image_shape": image_shape, "repeats": repeats, "threads": threads},
         "rows": [{**asdict(row), "holds": row.holds} for row in rows],
+        "omitted": omitted,
     }
     page = as_markdown(record)
     write_record(folder, NAME, record, page)
@@ -94,7 +98,7 @@ def round_trip(repeats: int) -> Row:
         model, session = client.model(SMALLEST), session_like(repository, SMALLEST)
         feeds = {item.name: np.zeros((1, 1), np.int64) for item in session.get_inputs()}
         name = "batch 1 of 8×8 images of a vae, beside ONNX Runtime in process: what a request costs by itself"
-        return within_ms(name, partial(model.sample, 1), lambda: session.run(["image"], feeds), 20 * repeats)
+        return within_ms(name, partial(model.sample, 1), lambda: session.run(["image"], feeds), SMALL_REPEATS * repeats)
 
 
 def within_ms(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> Row:
@@ -112,9 +116,8 @@ def arms(
     batch: int,
     repeats: int,
     compiled: bool,
-    console: Console,
-) -> list[Row]:
-    """Every way to a batch of images, alternated; ours, over gRPC, beside each other one."""
+) -> tuple[list[Row], dict[str, str]]:
+    """Every way to a batch of images, alternated; ours, over gRPC, beside each other one. And why some are left out."""
     seeds = row_seeds(0, np.arange(batch))
     feeds = {item.name: seeds[:, None] for item in session.get_inputs()}
     calls: dict[str, tuple[Callable[[], Any], float]] = {
@@ -131,11 +134,14 @@ def arms(
         if np.abs(calls[name][0]().astype(int) - images).max() > LEVELS:
             raise DisagreeError(f"{name}: the same seeds gave other images than over gRPC")
     openvino = openvino_call(repository, threads=session.get_session_options().intra_op_num_threads, feeds=feeds)
+    omitted = {}
     if openvino is None:
-        console.print("OpenVINO: left out, `pip install openvino` brings it")
+        omitted["OpenVINO in process"] = "it is not installed (`pip install openvino`)"
     elif np.abs(openvino().astype(int) - images).max() > LEVELS:
-        # Its CPU plugin makes 32-bit integers of 64-bit ones, in which the hash of a seed is lost.
-        console.print("OpenVINO: left out, the same seeds give other images in it")
+        omitted["OpenVINO in process"] = (
+            "the same seeds give other images in it; its CPU plugin has 32-bit integers for 64-bit ones, in which the "
+            "hash of a seed is lost"
+        )
     else:
         calls["OpenVINO in process"] = (openvino, OPENVINO)
     seconds = interleaved([case(name, call) for name, (call, _) in calls.items()], repeats)
@@ -154,7 +160,7 @@ def arms(
     if batch == 1:
         beside = "ONNX Runtime in process"
         rows[0] = within_ms(rows[0].name, calls["grpc"][0], calls[beside][0], repeats)
-    return rows
+    return rows, omitted
 
 
 @torch.no_grad()
@@ -197,7 +203,7 @@ def concurrent(address: str, session: onnxruntime.InferenceSession) -> Row:
     ours, theirs = [], []
     with Client(address) as client:
         model = client.model(FAMILY)
-        for _ in range(3):
+        for _ in range(CONCURRENT_RUNS):
             ours.append(1 / rate(lambda index: model.sample(1, start=index), CLIENTS, 1))
             theirs.append(1 / rate(lambda index: session.run(["image"], feeds), 1, CLIENTS))
     first, second = np.array(ours), np.array(theirs)
@@ -222,7 +228,7 @@ def rate(ask: Callable[[int], object], clients: int, images: int) -> float:
     return asked * images / (time.perf_counter() - begun)
 
 
-def structured(repository: Path, session: onnxruntime.InferenceSession, repeats: int, console: Console) -> list[Row]:
+def structured(repository: Path, session: onnxruntime.InferenceSession, repeats: int) -> list[Row]:
     """A structured sample beside a plain model's mean, same backbone, both in process."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = session.get_session_options().intra_op_num_threads
@@ -271,6 +277,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
             f"`sample` of an untrained {FAMILY} of the paper's widths at {side}, {settings['threads']} threads, over "
             "gRPC from Triton where nothing else is said; medians in ms, ratios of neighbours.",
             markdown(("", "ours, ms", "theirs, ms", "ratio", "wanted", "holds"), lines),
-            f"{described(record['machine'])}; n = {settings['repeats']}.",
+            *(f"{name} is left out: {why}." for name, why in record["omitted"].items()),
+            f"{described(record['machine'])}; n = {settings['repeats']}, {CONCURRENT_RUNS} of the clients' runs, "
+            f"{SMALL_REPEATS * settings['repeats']} of the 8×8 model's.",
         ]
     )

@@ -115,7 +115,7 @@ def _gpu() -> str:
 
 
 def _commit() -> str:
-    found = _first_line(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"])
+    found = _first_line(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"])
     return found or "unknown"
 
 
