@@ -198,6 +198,10 @@ class TritonPythonModel:
                 self.meter.observe(seconds, rows)
         return responses
 
+    def finalize(self) -> None:
+        """Send the last metrics; Triton's module must not be used any more afterwards."""
+        self.meter.close()
+
     def _read(self, index: int, request: Any) -> Job:
         inputs: Arrays = {}
         for tensor in self.inputs:
@@ -325,8 +329,9 @@ class Meter:
             outcome: requests.Metric(labels=labels | {"outcome": outcome})
             for outcome in ("answered", "refused", "failed")
         }
-        self._updates: SimpleQueue[tuple[Any, float]] = SimpleQueue()
-        Thread(target=self._send, name="covae-meter", daemon=True).start()
+        self._updates: SimpleQueue[tuple[Any, float] | None] = SimpleQueue()
+        self._thread = Thread(target=self._send, name="covae-meter", daemon=True)
+        self._thread.start()
 
     def observe(self, seconds: Mapping[str, float], rows: int) -> None:
         """A batch of so many rows was executed, in so many seconds of each phase."""
@@ -338,9 +343,14 @@ class Meter:
         """Requests had this outcome."""
         self._updates.put((self._requests[outcome].increment, requests))
 
+    def close(self) -> None:
+        """Send what is left."""
+        self._updates.put(None)
+        self._thread.join()
+
     def _send(self) -> None:
-        while True:
-            update, value = self._updates.get()
+        while (found := self._updates.get()) is not None:
+            update, value = found
             try:
                 update(value)
             except Exception as error:  # a metric that is lost must not end the others
