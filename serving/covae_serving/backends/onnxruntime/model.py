@@ -324,7 +324,7 @@ class Meter:
             phase: seconds.Metric(labels=labels | {"phase": phase}, buckets=SECONDS)
             for phase in ("input", "compute", "output")
         }
-        self._rows = rows.Metric(labels=labels, buckets=ROWS)
+        self._rows: Any = rows.Metric(labels=labels, buckets=ROWS)
         self._requests = {
             outcome: requests.Metric(labels=labels | {"outcome": outcome})
             for outcome in ("answered", "refused", "failed")
@@ -344,9 +344,13 @@ class Meter:
         self._updates.put((self._requests[outcome].increment, requests))
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left, and let go of the metrics: at the process's exit Triton's module crashes on them."""
         self._updates.put(None)
         self._thread.join()
+        self._phases.clear()
+        self._requests.clear()
+        self._rows = None
+        self._families.clear()
 
     def _send(self) -> None:
         while (found := self._updates.get()) is not None:
