@@ -78,7 +78,8 @@ def p99(seconds: Sequence[float] | NDArray[np.float64]) -> float:
 def machine() -> dict[str, Any]:
     """What the figures depend on: command, machine, load, versions, commit, date."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Where files lie here says nothing elsewhere.
+        "command": shlex.join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
         "gpu": _gpu(),
