@@ -218,6 +218,9 @@ def report(
         "runs/report"
     ),
     output: Annotated[Path | None, typer.Option(help="also write every figure to this JSON file")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="also draw how the bounds of single images are spread, as PNG")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
 ) -> None:
     """Train and measure the rows of a paper's table, and print it with the paper's figures."""
@@ -227,7 +230,7 @@ def report(
 
     from rich.console import Console
 
-    from covae_apps.report import REPORTS, Plan, as_markdown, run_report
+    from covae_apps.report import REPORTS, Plan, as_markdown, draw_bounds, run_report
     from covae_core.errors import InvalidArgument
     from covae_core.files import check_writable, write_text
     from covae_train.cli import parse_size
@@ -235,7 +238,7 @@ def report(
 
     if name not in REPORTS:
         raise InvalidArgument(f"report: found {name!r}; expected one of {', '.join(REPORTS)}")
-    check_writable(output)
+    check_writable(output, plot)
     table, console = REPORTS[name](), Console()
     given = [text.partition("=") for text in option or []]
     if any(not equals for _, equals, _ in given):
@@ -249,7 +252,10 @@ def report(
     if output:
         pairs = {pair: [asdict(gap) for gap in gaps] for pair, gaps in found["pairs"].items()}
         document = {"report": name, "data": data, "epochs": epochs, "rows": found["rows"], "pairs": pairs}
+        document["bounds"] = found["bounds"]
         write_text(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    if plot:
+        draw_bounds(found["bounds"], plot)
 
 
 def gallery(

@@ -9,8 +9,11 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from covae_apps.demo.figures import STYLE
 from covae_core.errors import InvalidArgument
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData
@@ -171,8 +174,8 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
     """Train what is not there yet, seed by seed so that all rows see the same machine, and measure everything.
 
     Returns the rows, one entry each with every figure of every seed, and of each pair what its paired measures make of
-    the same images, with standard errors, seed by seed. A measure that a row's runs lack something for is left out of
-    it, and told.
+    the same images, with standard errors, seed by seed; and the bounds of each image, by row, seed by seed. A measure
+    that a row's runs lack something for is left out of it, and told.
 
     Raises:
         InvalidArgument: `only` names no arm.
@@ -184,6 +187,7 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
     arms = [arm for arm in report.arms if not plan.only or arm.name in plan.only]
     figures: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
     paired: dict[str, list[Estimate]] = {}
+    bounds: dict[str, list[list[float]]] = {}
     for seed in range(plan.seeds):
         each: dict[PairedMeasure, dict[str, Any]] = {}
         settings = Settings(images=plan.images, seed=seed)
@@ -200,6 +204,8 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
                     continue
                 if isinstance(item, PairedMeasure):
                     each.setdefault(item, {})[arm.name], values = item.measured(run, data, settings)
+                    if name == "bound":
+                        bounds.setdefault(arm.name, []).append(each[item][arm.name].tolist())
                 else:
                     values = item.compute(run, data, settings)
                 found |= {key: value.value for key, value in values.items()}
@@ -212,7 +218,28 @@ def run_report(report: Report, data: ImageData, runs: Path, console: Console, pl
                         paired.setdefault(f"{figure}, {first} − {second}", []).append(gap)
                         console.print(f"{figure}, {first} − {second}: {gap}")
     rows = [{"name": arm.name, "paper": dict(arm.paper), "figures": figures[arm.name]} for arm in arms]
-    return {"rows": rows, "pairs": paired}
+    return {"rows": rows, "pairs": paired, "bounds": bounds}
+
+
+def draw_bounds(bounds: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
+    """How the bounds of single images are spread, a line for each row: the share of images below a bound.
+
+    Raises:
+        InvalidArgument: there are none.
+    """
+    if not bounds:
+        raise InvalidArgument("--plot: found no bounds of images; expected a report that measures `bound`")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axis = figure.subplots()
+        for index, (name, seeds) in enumerate(bounds.items()):
+            for seed, values in enumerate(seeds):
+                label = None if seed else name
+                axis.ecdf(values, color=f"C{index}", alpha=0.6 if seed else 1.0, label=label)
+        axis.set_xlabel("bound, nats an image")
+        axis.set_ylabel("share of held-out images below")
+        axis.legend(frameon=False)
+        figure.savefig(path, dpi=160)
 
 
 def _trained(arm: Arm, data: ImageData, folder: Path, plan: Plan, seed: int) -> TrainedRun:

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from covae_apps.report import REPORTS, Arm, Plan, Report, as_markdown, run_report
+from covae_apps.report import REPORTS, Arm, Plan, Report, as_markdown, draw_bounds, run_report
 from covae_core.errors import InvalidArgument
 from covae_train.data import ImageData
 
@@ -47,8 +47,17 @@ def test_a_row_paired_with_itself_differs_by_nothing(few, tmp_path):
     report = Report("twice", arms, ("bound", "defects"), {}, [("one", "two")])
     found, _ = reported(report, few, tmp_path)
     assert {"log-likelihood bound, nats, one − two"} < set(found["pairs"])
+    assert [len(images) for seeds in found["bounds"].values() for images in seeds] == [12, 12]
+    assert found["bounds"]["one"] == found["bounds"]["two"]
+    draw_bounds(found["bounds"], tmp_path / "bounds.png")
+    assert (tmp_path / "bounds.png").read_bytes().startswith(b"\x89PNG")
     for gaps in found["pairs"].values():
         assert [(gap.value, gap.standard_error) for gap in gaps] == [(0, 0)]
+
+
+def test_a_plot_without_bounds_is_refused(tmp_path):
+    with pytest.raises(InvalidArgument, match="--plot: found no bounds"):
+        draw_bounds({}, tmp_path / "bounds.png")
 
 
 def test_an_arm_that_there_is_not_is_refused_before_anything_is_trained(few, tmp_path):
