@@ -158,6 +158,28 @@ def bench_latency(
         run_latency(place, chosen, operation, bound, requests, folder, Console(), witness)
 
 
+@bench.command("scoring")
+def bench_scoring(
+    names: Names = None,
+    repository: Repository = Path("model_repository"),
+    untrained: Untrained = None,
+    images: Annotated[int, typer.Option(min=1, help="of a call")] = 8,
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")] = 2,
+    device: Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")] = "cpu",
+    folder: Folder = Path("bench"),
+) -> None:
+    """Time scores over gRPC with 1, 50 and 500 importance weights an image, and surprise maps."""
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_apps.bench.repositories import benchmarked
+    from covae_apps.bench.scoring import run_scoring
+
+    with benchmarked(repository, names or [], untrained, ["score", "surprise"], threads, device) as (place, chosen):
+        run_scoring(place, chosen, images, repeats, folder, Console())
+
+
 @bench.command("peers")
 def bench_peers(
     size: Annotated[str, typer.Option(metavar="HxWxC", help="of the images")] = "64x64x3",

@@ -16,6 +16,7 @@ from covae_apps.bench import latency, peers
 from covae_apps.bench.generation import PHASES, run_generation
 from covae_apps.bench.latency import Quoted, as_markdown, draw_plot, open_loop, run_latency
 from covae_apps.bench.repositories import benchmarked
+from covae_apps.bench.scoring import run_scoring
 from covae_apps.bench.stopwatch import p99
 from covae_core.errors import InvalidArgument
 
@@ -58,6 +59,16 @@ def test_latency_measures_the_three_scenarios_and_hears_a_witness(repository, tm
     assert "123 rows a second beside" in (tmp_path / "latency.md").read_text()
     scored = run_latency(repository, name, "score", None, 459, tmp_path, Console(quiet=True))
     assert scored["single_stream_ms"]["p50"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_scoring_measures_every_number_of_weights(repository, tmp_path):
+    found = run_scoring(repository, [], 2, 3, tmp_path, Console(quiet=True))
+    assert len(found) == 2
+    for item in json.loads((tmp_path / "scoring.json").read_text())["models"]:
+        assert set(item["images_per_second"]) == {"1", "50", "500", "surprise"}
+        assert all(rate > 0 for rate in item["images_per_second"].values())
+        assert item["model"] in (tmp_path / "scoring.md").read_text()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from covae_apps.bench import generation, latency, peers
+from covae_apps.bench import generation, latency, peers, scoring
 from covae_core.errors import InvalidArgument
 
 OPENING = """# Performance
@@ -41,6 +41,12 @@ Several images of one latent cost one decoder pass for every eight.""",
         """The same images from ONNX Runtime, PyTorch and OpenVINO in process, alternated with ours over gRPC. What is
 wanted is what the project set itself: a server that costs next to nothing over the graph that it runs.""",
         peers.as_markdown,
+    ),
+    scoring.NAME: Section(
+        "Scoring",
+        """A bound of log p(x) is the tighter the more importance weights; each is a decoder pass and a density.
+A row of the wire carries ten of them up to 64×64, fewer above.""",
+        scoring.as_markdown,
     ),
     latency.NAME: Section(
         "Latency",

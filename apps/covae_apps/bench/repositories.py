@@ -13,7 +13,7 @@ from covae_core.contract import served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS
 from covae_export.conversion import convert
-from covae_export.exporting import CONFIG_FILE, MODEL_FILE
+from covae_export.exporting import CONFIG_FILE, MODEL_FILE, default_score_samples
 from covae_export.graphs import build_graph
 from covae_export.triton_config import build_config, to_text
 from covae_train.families import families
@@ -39,7 +39,7 @@ def untrained_repository(
     """
     with TemporaryDirectory(prefix="covae-bench-") as place:
         for family in families:
-            model, spec = untrained(image_shape, 1, DRAWS, family, **options)
+            model, spec = untrained(image_shape, default_score_samples(image_shape), DRAWS, family, **options)
             for name in operations:
                 if name in spec.operations:
                     folder = Path(place, served_name(family, name))
