@@ -198,10 +198,6 @@ class TritonPythonModel:
                 self.meter.observe(seconds, rows)
         return responses
 
-    def finalize(self) -> None:
-        """Send the last metrics; Triton's module must not be used any more afterwards."""
-        self.meter.close()
-
     def _read(self, index: int, request: Any) -> Job:
         inputs: Arrays = {}
         for tensor in self.inputs:
@@ -324,14 +320,15 @@ class Meter:
             phase: seconds.Metric(labels=labels | {"phase": phase}, buckets=SECONDS)
             for phase in ("input", "compute", "output")
         }
-        self._rows: Any = rows.Metric(labels=labels, buckets=ROWS)
+        self._rows = rows.Metric(labels=labels, buckets=ROWS)
         self._requests = {
             outcome: requests.Metric(labels=labels | {"outcome": outcome})
             for outcome in ("answered", "refused", "failed")
         }
-        self._updates: SimpleQueue[tuple[Any, float] | None] = SimpleQueue()
-        self._thread = Thread(target=self._send, name="covae-meter", daemon=True)
-        self._thread.start()
+        self._updates: SimpleQueue[tuple[Any, float]] = SimpleQueue()
+        # It never ends, so that nothing here is ever let go of: of metrics that are deleted while another instance has
+        # them Triton 2.51 hangs, and a stub that exits crashes on them.
+        Thread(target=self._send, name="covae-meter", daemon=True).start()
 
     def observe(self, seconds: Mapping[str, float], rows: int) -> None:
         """A batch of so many rows was executed, in so many seconds of each phase."""
@@ -343,18 +340,9 @@ class Meter:
         """Requests had this outcome."""
         self._updates.put((self._requests[outcome].increment, requests))
 
-    def close(self) -> None:
-        """Send what is left, and let go of the metrics: at the process's exit Triton's module crashes on them."""
-        self._updates.put(None)
-        self._thread.join()
-        self._phases.clear()
-        self._requests.clear()
-        self._rows = None
-        self._families.clear()
-
     def _send(self) -> None:
-        while (found := self._updates.get()) is not None:
-            update, value = found
+        while True:
+            update, value = self._updates.get()
             try:
                 update(value)
             except Exception as error:  # a metric that is lost must not end the others
