@@ -97,6 +97,8 @@ Untrained = Annotated[
     str | None,
     typer.Option(metavar="HxWxC", help="in place of a repository: untrained models, of the families named"),
 ]
+ModelThreads = Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")]
+ModelDevice = Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")]
 Folder = Annotated[Path, typer.Option(help="folder for the JSON, the table and the plot")]
 
 
@@ -108,8 +110,8 @@ def bench_generation(
     images: Annotated[int, typer.Option(min=1, help="of each model; the table has the time of 10,000")] = 10_000,
     batch: Annotated[int, typer.Option(min=1, max=64, help="images of a request")] = 64,
     repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each ratio")] = 15,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")] = 2,
-    device: Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")] = "cpu",
+    threads: ModelThreads = 2,
+    device: ModelDevice = "cpu",
     folder: Folder = Path("bench"),
 ) -> None:
     """Time 10,000 images of each model, the first image, one latent's draws; and where a request's time goes.
@@ -139,8 +141,8 @@ def bench_latency(
     witness: Annotated[
         Path | None, typer.Option(help="NVIDIA's perf_analyzer, to measure Offline's best point too")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")] = 2,
-    device: Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")] = "cpu",
+    threads: ModelThreads = 2,
+    device: ModelDevice = "cpu",
     folder: Folder = Path("bench"),
 ) -> None:
     """Measure MLPerf's scenarios: Offline, SingleStream, and Server's highest rate whose p99 stays under a bound.
@@ -165,8 +167,8 @@ def bench_scoring(
     untrained: Untrained = None,
     images: Annotated[int, typer.Option(min=1, help="of a call")] = 8,
     repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")] = 2,
-    device: Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")] = "cpu",
+    threads: ModelThreads = 2,
+    device: ModelDevice = "cpu",
     folder: Folder = Path("bench"),
 ) -> None:
     """Time scores over gRPC with 1, 50 and 500 importance weights an image, and surprise maps."""
@@ -206,11 +208,11 @@ def bench_page(
     folder: Annotated[Path, typer.Option(help="where the benchmarks left their records")] = Path("bench"),
     page: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/performance.md"),
 ) -> None:
-    """Write docs/performance.md, and the plots again, from the records that generation, latency and peers left."""
-    from covae_apps.bench.page import draw_plots, performance_page
+    """Write docs/performance.md, and tables and plots again, from the records that the benchmarks left."""
+    from covae_apps.bench.page import performance_page, write_again
 
     text = performance_page(folder)
-    draw_plots(folder)
+    write_again(folder)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")
     typer.echo(f"{page}: written")

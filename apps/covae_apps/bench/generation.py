@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from covae_apps.bench.stopwatch import (
     interleaved,
     machine,
     markdown,
+    one_by_one,
     ratio,
     write_record,
 )
@@ -122,7 +123,7 @@ def measure(repository: Path, name: str, images: int, batch: int, repeats: int) 
         feeds = {key.name: seeds[:, None] for key in session.get_inputs()}
         if not np.array_equal(model.sample(batch), session.run(["image"], feeds)[0]):
             raise DisagreeError(f"{name}: over gRPC and in process, the same seeds gave different images")
-        first = [elapsed(partial(model.sample, 1, seed=index)) for index in range(FIRST_IMAGES)]
+        first = one_by_one(lambda seed, rows: model.sample(rows, seed=seed), FIRST_IMAGES)
         begun = time.perf_counter()
         for start in range(0, images, 4 * batch):
             model.sample(min(4 * batch, images - start), start=start)
@@ -159,9 +160,9 @@ def draw_cases(model: Model) -> list[Case]:
     return [case(f"draw {n}", partial(model.draw, latent, n)) for n in DRAWS]
 
 
-def session_like(repository: Path, name: str) -> onnxruntime.InferenceSession:
-    """The graph of `sample` in this process, with the threads that its configuration gives it, and no spinning."""
-    (model,) = read_repository(repository, [name], ["sample"])
+def session_like(repository: Path, name: str, operation: str = "sample") -> onnxruntime.InferenceSession:
+    """The graph of an operation in this process, with the threads that its configuration gives it, and no spinning."""
+    (model,) = read_repository(repository, [name], [operation])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(model.config.parameters["intra_op_thread_count"].string_value)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -202,13 +203,6 @@ def clocks(service: Service, registry: CollectorRegistry, name: str) -> dict[str
             if queue and sample.labels["model"] == served_name(name, "sample"):
                 found["queue"] = sample.value / 1e6
     return found
-
-
-def elapsed(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from covae_apps.bench.stopwatch import Case, Row, case, interleaved, ratio, show_ratios
+from covae_apps.bench.stopwatch import Row, case, compared, show_ratios
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS
 from covae_export.conversion import convert, example_inputs
@@ -90,13 +89,6 @@ def run_draw(repeats: int, draws: int, batches: Sequence[int], threads: int) -> 
         rows.append(compared(f"batch {batch}", draw, sample, repeats, DRAW_BOUND))
     show_ratios(f"n = {repeats}", ("", f"{draws} draws, ms", "one sample, ms"), rows)
     return rows
-
-
-def compared(name: str, ours: Case, theirs: Case, repeats: int, bound: float) -> Row:
-    """Two calls, interleaved."""
-    seconds = interleaved([ours, theirs], repeats)
-    first, second = seconds[ours.name], seconds[theirs.name]
-    return Row(name, 1e3 * float(np.median(first)), 1e3 * float(np.median(second)), ratio(first, second), bound)
 
 
 def run_score(repeats: int, threads: int) -> list[Row]:

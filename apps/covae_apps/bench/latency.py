@@ -12,9 +12,7 @@ import os
 import random
 import re
 import subprocess
-import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,17 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
-from covae_apps.bench.stopwatch import FEWEST_FOR_P99, UNDISTURBED, described, machine, markdown, p99, write_record
+from covae_apps.bench.stopwatch import (
+    FEWEST_FOR_P99,
+    UNDISTURBED,
+    described,
+    machine,
+    markdown,
+    one_by_one,
+    p99,
+    throughput,
+    write_record,
+)
 from covae_apps.demo.figures import COLOURS, STYLE
 from covae_client import AsyncClient, Client
 from covae_client.aio import AsyncModel
@@ -109,7 +117,7 @@ def run_latency(
             ask = question(model, operation)
             ask(0, 1)
             console.print("SingleStream …")
-            streams = [single_stream(ask, requests) for _ in range(RUNS)]
+            streams = [one_by_one(ask, requests) for _ in range(RUNS)]
             console.print("Offline …")
             offline = run_offline(model, operation, order)
             witnessed = {} if witness is None else beside_witness(witness, model, operation, address, offline)
@@ -135,9 +143,6 @@ def run_latency(
     return record
 
 
-Ask = Callable[[int, int], object]
-
-
 def question(model: Model | AsyncModel, operation: str) -> Callable[[int, int], Any]:
     """A call of so many rows from a start on; neighbouring rows are others."""
     height, width, channels = model.spec.image_shape
@@ -157,23 +162,13 @@ def question(model: Model | AsyncModel, operation: str) -> Callable[[int, int], 
     return lambda start, rows: method(some(start, rows))
 
 
-def single_stream(ask: Ask, requests: int) -> NDArray[np.float64]:
-    """Seconds of one row after the other."""
-    seconds = []
-    for index in range(requests):
-        begun = time.perf_counter()
-        ask(index, 1)
-        seconds.append(time.perf_counter() - begun)
-    return np.array(seconds)
-
-
 def run_offline(model: Model, operation: str, order: random.Random) -> list[dict[str, Any]]:
     """Rows a second for each batch and number of clients, RUNS times in random order."""
     grid = [(batch, clients) for batch in BATCHES for clients in CLIENTS]
     found: dict[tuple[int, int], list[float]] = {point: [] for point in grid}
     for _ in range(RUNS):
         for point in order.sample(grid, len(grid)):
-            found[point].append(throughput(question(model, operation), *point))
+            found[point].append(throughput(question(model, operation), *point, OFFLINE_S))
     return [{"batch": batch, "clients": clients, **asdict(Quoted.of(runs))} for (batch, clients), runs in found.items()]
 
 
@@ -194,7 +189,7 @@ def beside_witness(
     ]  # fmt: skip
     ours, theirs = [], []
     for _ in range(RUNS):
-        ours.append(throughput(question(model, operation), batch, clients))
+        ours.append(throughput(question(model, operation), batch, clients, OFFLINE_S))
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
         except OSError as error:
@@ -211,23 +206,6 @@ def beside_witness(
         "ours": asdict(Quoted.of(ours)),
         "perf_analyzer": asdict(Quoted.of(theirs)),
     }
-
-
-def throughput(ask: Ask, batch: int, clients: int) -> float:
-    """Rows a second of clients that ask for batches, one after the other each, for about OFFLINE_S."""
-    until = time.perf_counter() + OFFLINE_S
-
-    def work(client: int) -> int:
-        done = 0
-        while time.perf_counter() < until:
-            ask((client << 24) + done, batch)
-            done += batch
-        return done
-
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        rows = sum(pool.map(work, range(clients)))
-    return rows / (time.perf_counter() - begun)
 
 
 async def run_server(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from covae_apps.bench import generation, latency, peers, scoring
+from covae_apps.bench.stopwatch import write_record
 from covae_core.errors import InvalidArgument
 
 OPENING = """# Performance
@@ -83,9 +84,10 @@ def performance_page(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw_plots(folder: Path) -> None:
-    """Draw the plots of the records in a folder again."""
+def write_again(folder: Path) -> None:
+    """Write the tables, and draw the plots, of the records in a folder again."""
     for name, record in _records(folder):
+        write_record(folder, name, record, SECTIONS[name].tables(record))
         plot = SECTIONS[name].plot
         if plot is not None:
             plot(record, folder / f"{name}.png")

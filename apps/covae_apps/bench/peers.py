@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,13 @@ from covae_apps.bench.stopwatch import (
     UNDISTURBED,
     Row,
     case,
+    compared,
     described,
     interleaved,
     machine,
     markdown,
     ratio,
+    throughput,
     write_record,
 )
 from covae_client import Client
@@ -98,14 +98,13 @@ def round_trip(repeats: int) -> Row:
         model, session = client.model(SMALLEST), session_like(repository, SMALLEST)
         feeds = {item.name: np.zeros((1, 1), np.int64) for item in session.get_inputs()}
         name = "batch 1 of 8×8 images of a vae, beside ONNX Runtime in process: what a request costs by itself"
-        return within_ms(name, partial(model.sample, 1), lambda: session.run(["image"], feeds), SMALL_REPEATS * repeats)
+        ours, theirs = case("grpc", partial(model.sample, 1)), case("in process", lambda: session.run(["image"], feeds))
+        return within_ms(compared(name, ours, theirs, SMALL_REPEATS * repeats, 1.0))
 
 
-def within_ms(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> Row:
-    """Two calls, of which ours may take MOST_MS more."""
-    seconds = interleaved([case("ours", ours), case("theirs", theirs)], repeats)
-    first, second = (1e3 * float(np.median(seconds[key])) for key in ("ours", "theirs"))
-    return Row(name, first, second, ratio(seconds["ours"], seconds["theirs"]), (second + MOST_MS) / second)
+def within_ms(row: Row) -> Row:
+    """Ours may take MOST_MS more."""
+    return replace(row, bound=(row.theirs_ms + MOST_MS) / row.theirs_ms)
 
 
 def arms(
@@ -158,8 +157,7 @@ def arms(
         if bound
     ]
     if batch == 1:
-        beside = "ONNX Runtime in process"
-        rows[0] = within_ms(rows[0].name, calls["grpc"][0], calls[beside][0], repeats)
+        rows[0] = within_ms(rows[0])  # ONNX Runtime's
     return rows, omitted
 
 
@@ -204,56 +202,26 @@ def concurrent(address: str, session: onnxruntime.InferenceSession) -> Row:
     with Client(address) as client:
         model = client.model(FAMILY)
         for _ in range(CONCURRENT_RUNS):
-            ours.append(1 / rate(lambda index: model.sample(1, start=index), CLIENTS, 1))
-            theirs.append(1 / rate(lambda index: session.run(["image"], feeds), 1, CLIENTS))
+            ours.append(1 / throughput(lambda start, rows: model.sample(rows, start=start), 1, CLIENTS, CLIENTS_S))
+            theirs.append(1 / throughput(lambda start, rows: session.run(["image"], feeds), CLIENTS, 1, CLIENTS_S))
     first, second = np.array(ours), np.array(theirs)
     name = f"{CLIENTS} clients, one image each, beside batches of {CLIENTS} in process; an image"
     return Row(name, 1e3 * float(np.median(first)), 1e3 * float(np.median(second)), ratio(first, second), CONCURRENT)
 
 
-def rate(ask: Callable[[int], object], clients: int, images: int) -> float:
-    """Images a second of clients that ask again and again for CLIENTS_S."""
-    until = time.perf_counter() + CLIENTS_S
-
-    def work(client: int) -> int:
-        done = 0
-        while time.perf_counter() < until:
-            ask((client << 20) + done)
-            done += 1
-        return done
-
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        asked = sum(pool.map(work, range(clients)))
-    return asked * images / (time.perf_counter() - begun)
-
-
 def structured(repository: Path, session: onnxruntime.InferenceSession, repeats: int) -> list[Row]:
     """A structured sample beside a plain model's mean, same backbone, both in process."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = session.get_session_options().intra_op_num_threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    plain = onnxruntime.InferenceSession(
-        repository / f"{PLAIN}_decode" / "1" / "model.onnx", options, providers=session.get_providers()
-    )
+    plain = session_like(repository, PLAIN, "decode")
     (latent,) = plain.get_inputs()
     rows = []
     for batch in (1, 16):
         seeds = row_seeds(0, np.arange(batch))
         feeds = {item.name: seeds[:, None] for item in session.get_inputs()}
         draw = np.random.default_rng(0).standard_normal((batch, *latent.shape[1:])).astype(np.float32)
-        seconds = interleaved(
-            [
-                case("sample", partial(session.run, ["image"], feeds)),
-                case("mean", partial(plain.run, ["mean"], {latent.name: draw})),
-            ],
-            repeats,
-        )
-        medians = {name: 1e3 * float(np.median(found)) for name, found in seconds.items()}
+        sample = case("sample", partial(session.run, ["image"], feeds))
+        mean = case("mean", partial(plain.run, ["mean"], {latent.name: draw}))
         name = f"batch {batch}, {FAMILY} sample in process, beside {PLAIN} mean"
-        rows.append(
-            Row(name, medians["sample"], medians["mean"], ratio(seconds["sample"], seconds["mean"]), STRUCTURED)
-        )
+        rows.append(compared(name, sample, mean, repeats, STRUCTURED))
     return rows
 
 

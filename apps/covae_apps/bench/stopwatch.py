@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,6 +58,36 @@ def interleaved(cases: Sequence[Case], repeats: int) -> dict[str, NDArray[np.flo
             if repeat:
                 seconds[item.name].append(time.perf_counter() - start)
     return {name: np.array(found) for name, found in seconds.items()}
+
+
+Ask = Callable[[int, int], object]
+
+
+def one_by_one(ask: Ask, requests: int) -> NDArray[np.float64]:
+    """Seconds of one row after the other."""
+    seconds = []
+    for index in range(requests):
+        begun = time.perf_counter()
+        ask(index, 1)
+        seconds.append(time.perf_counter() - begun)
+    return np.array(seconds)
+
+
+def throughput(ask: Ask, batch: int, clients: int, seconds: float) -> float:
+    """Rows a second of clients that ask for batches, one after the other each, for about so many seconds."""
+    until = time.perf_counter() + seconds
+
+    def work(client: int) -> int:
+        done = 0
+        while time.perf_counter() < until:
+            ask((client << 24) + done, batch)
+            done += batch
+        return done
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        rows = sum(pool.map(work, range(clients)))
+    return rows / (time.perf_counter() - begun)
 
 
 def ratio(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
@@ -149,6 +180,13 @@ class Row:
     def holds(self) -> bool:
         """Whether the ratio is within its bound."""
         return self.ratio <= self.bound
+
+
+def compared(name: str, ours: Case, theirs: Case, repeats: int, bound: float) -> Row:
+    """Two calls, interleaved."""
+    seconds = interleaved([ours, theirs], repeats)
+    first, second = seconds[ours.name], seconds[theirs.name]
+    return Row(name, 1e3 * float(np.median(first)), 1e3 * float(np.median(second)), ratio(first, second), bound)
 
 
 def show_ratios(title: str, heads: Sequence[str], rows: Sequence[Row]) -> None:

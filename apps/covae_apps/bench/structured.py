@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import spsolve_triangular
 
 import covae_train.torch_backend  # noqa: F401 - lets the densities take tensors
-from covae_apps.bench.graphs import GREY, call_of, compared, feeds_of, sessions_of, untrained
-from covae_apps.bench.stopwatch import Row, case, show_ratios
+from covae_apps.bench.graphs import GREY, call_of, feeds_of, sessions_of, untrained
+from covae_apps.bench.stopwatch import Row, case, compared, show_ratios
 from covae_core.densities import HybridNormal, SparsePrecisionNormal
 from covae_core.densities.neighbourhood import Neighbourhood
 from covae_train.families import build_model, make_config

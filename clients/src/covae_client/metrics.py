@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from covae_client.errors import InvalidArgument, ServerError
+from covae_core.operations import split_served_name
 
 if TYPE_CHECKING:
     from covae_client.transport import Endpoint
@@ -72,7 +73,7 @@ class RequestMetrics:
     @contextmanager
     def measured(self, endpoint: Endpoint, rows: int, request: Request) -> Iterator[None]:
         """Measure a request."""
-        labels = endpoint.model_name.rpartition("_")[::2]
+        labels = split_served_name(endpoint.model_name) or (endpoint.model_name, "")
         outcome, start = "interrupted", time.perf_counter()
         try:
             yield
@@ -148,7 +149,7 @@ def _span(tracer: Any, endpoint: Endpoint, rows: int, request: Request) -> Itera
     from opentelemetry.propagate import inject
     from opentelemetry.trace import SpanKind
 
-    model, _, operation = endpoint.model_name.rpartition("_")
+    model, operation = split_served_name(endpoint.model_name) or (endpoint.model_name, "")
     told = {"covae.model": model, "covae.operation": operation, "covae.rows": rows, "covae.request_id": request.id}
     with tracer.start_as_current_span(f"covae {operation}", kind=SpanKind.CLIENT, attributes=told) as span:
         inject(request.headers)
