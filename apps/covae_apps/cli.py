@@ -232,7 +232,9 @@ def report(
     limit: Annotated[int | None, typer.Option(min=2, help="train on the first so many images  [all]")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="of each training")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="trainings of each row")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="of those trainings: a report in pieces")] = 0,
     images: Annotated[int, typer.Option(min=2, help="held-out images to measure on, at most")] = 10_000,
+    samples: Annotated[int, typer.Option(min=1, help="importance weights of each image's bound")] = 100,
     measure: Annotated[list[str] | None, typer.Option(help="these measures alone, repeated  [the table's]")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of the families, as widths=16,32; repeated")
@@ -269,7 +271,7 @@ def report(
         raise InvalidArgument(f"--option: found {option}; expected NAME=VALUE, as widths=16,32")
     options = {key.replace("-", "_"): value.split(",") if "," in value else value for key, _, value in given}
     loaded = load_images(data, parse_size(image_size), limit=limit, aside=None)
-    plan = Plan(epochs, seeds, images, measure or [], options, only or [])
+    plan = Plan(epochs, seeds, images, measure or [], samples, first_seed, options, only or [])
     found = run_report(table, loaded, runs / name / Path(data).stem, console, plan)
     console.rule(table.title)
     typer.echo(as_markdown(table, found["rows"], found["pairs"]))
