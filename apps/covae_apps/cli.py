@@ -72,7 +72,7 @@ def bench_structured(
     repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each figure")] = 15,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
 ) -> None:
-    """Time sparse precisions: samples beside scipy's solver, edits, training steps, graphs beside the decoder."""
+    """Time sparse precisions: samples beside scipy's solver, edits, graphs beside the decoder."""
     use_threads(threads)
     from covae_apps.bench.structured import run_structured
 
@@ -180,6 +180,61 @@ def bench_scoring(
 
     with benchmarked(repository, names or [], untrained, ["score", "surprise"], threads, device) as (place, chosen):
         run_scoring(place, chosen, images, repeats, folder, Console())
+
+
+@bench.command("scaling")
+def bench_scaling(
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each figure")] = 7,
+    threads: ModelThreads = 2,
+    folder: Folder = Path("bench"),
+) -> None:
+    """Time and memory of a sos-vae over the image's size, the rank, an edit's pixels, the batch and the clients.
+
+    Exponents of each with 95 % intervals, and the knees.
+    """
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_apps.bench.scaling import run_scaling
+
+    run_scaling(repeats, threads, folder, Console())
+
+
+@bench.command("footprint")
+def bench_footprint(
+    names: Names = None,
+    repository: Repository = Path("model_repository"),
+    untrained: Untrained = None,
+    repeats: Annotated[int, typer.Option(min=1, help="starts")] = 3,
+    threads: ModelThreads = 2,
+    device: ModelDevice = "cpu",
+    folder: Folder = Path("bench"),
+) -> None:
+    """Measure the memory, the disk and the start of models with all their operations, beside a session and weights."""
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_apps.bench.footprint import run_footprint
+    from covae_apps.bench.repositories import benchmarked
+    from covae_core.operations import OPERATIONS
+
+    with benchmarked(repository, names or [], untrained, list(OPERATIONS), threads, device) as (place, chosen):
+        run_footprint(place, chosen, repeats, threads, folder, Console())
+
+
+@bench.command("training")
+def bench_training(
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each ratio")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+    folder: Folder = Path("bench"),
+) -> None:
+    """Time training steps: of structured densities beside independent pixels, of all threads beside one."""
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_apps.bench.training import run_training
+
+    run_training(repeats, threads, folder, Console())
 
 
 @bench.command("peers")

@@ -30,6 +30,16 @@ class ServedModel:
         """Triton's name of it: NAME_decode, …"""
         return served_name(self.name, self.operation)
 
+    @property
+    def graph(self) -> Path:
+        """The newest version's, which Triton loads."""
+        return self.folder / str(versions_in(self.folder)[-1]) / "model.onnx"
+
+
+def versions_in(folder: Path) -> list[int]:
+    """The numbers of the version folders of an entry, ascending."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+
 
 def read_repository(
     repository: Path, names: Sequence[str] = (), operations: Sequence[str] = ()
@@ -72,7 +82,7 @@ def read_model(repository: Path, name: str, operation: str) -> ServedModel:
         raise ServingError(f"{folder}/config.pbtxt: name is {config.name!r}, the folder's is {folder.name!r}; {AGAIN}")
     if config.backend != PLATFORM_BACKEND:
         raise ServingError(f"{folder}/config.pbtxt: backend is {config.backend!r}, not {PLATFORM_BACKEND!r}; {AGAIN}")
-    versions = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+    versions = versions_in(folder)
     if not versions:
         raise ServingError(f"{folder}: no version folder (such as {folder}/1); {AGAIN}")
     graph = folder / str(versions[-1]) / "model.onnx"

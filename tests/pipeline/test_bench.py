@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import time
 
 import numpy as np
@@ -12,10 +13,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from covae_apps.bench import latency, peers
+from covae_apps.bench import latency, peers, scaling, training
+from covae_apps.bench.footprint import run_footprint
 from covae_apps.bench.generation import PHASES, run_generation
 from covae_apps.bench.latency import Quoted, as_markdown, draw_plot, open_loop, run_latency
+from covae_apps.bench.memory import most_of, of_descendants
 from covae_apps.bench.repositories import benchmarked
+from covae_apps.bench.scaling import by_rank, by_side
 from covae_apps.bench.scoring import run_scoring
 from covae_apps.bench.stopwatch import p99
 from covae_core.errors import InvalidArgument
@@ -69,6 +73,79 @@ def test_scoring_measures_every_number_of_weights(repository, tmp_path):
         assert set(item["images_per_second"]) == {"1", "50", "500", "surprise"}
         assert all(rate > 0 for rate in item["images_per_second"].values())
         assert item["model"] in (tmp_path / "scoring.md").read_text()
+
+
+@pytest.mark.slow
+def test_scaling_measures_every_size_in_time_and_memory(tmp_path, monkeypatch):
+    """With two graphs in place of nine: what images and ranks are measured is not tried."""
+    for name, value in {
+        "BASE": (16, 16, 1), "SHARES": (0.1, 0.5, 1.0), "BATCHES": (1, 2, 8), "CLIENTS": (1, 2, 4), "CLIENTS_S": 0.2,
+        "by_side": scaling.by_batch, "by_rank": scaling.by_mask,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(scaling, name, value)
+    assert [point.image_shape for point in by_side()] == [(side, side, 3) for side in scaling.SIDES]
+    assert [point.rank for point in by_rank()] == list(scaling.RANKS)
+    curves = scaling.run_scaling(3, 1, tmp_path, Console(quiet=True))
+    assert [len(item.sizes) for item in curves] == [3] * 5
+    assert all(min(item.ms) > 0 and min(item.memory_mb) > 0 for item in curves)
+    assert all(item.interval[0] <= item.exponent <= item.interval[1] for item in curves)
+    page = (tmp_path / "scaling.md").read_text()
+    assert all(item.title in page for item in curves)
+    with Image.open(tmp_path / "scaling.png") as picture:
+        assert picture.width > 800
+
+
+@pytest.mark.slow
+def test_footprint_measures_memory_disk_and_start(repository, tmp_path):
+    (found, *_) = run_footprint(repository, [], 1, 1, tmp_path, Console(quiet=True))
+    graphs = list(repository.glob(f"{found['model']}_*/1/model.onnx"))
+    assert sum(found["disk_mb"].values()) == pytest.approx(sum(path.stat().st_size for path in graphs) / 1e6)
+    assert 0 < found["weights_mb"] < sum(found["disk_mb"].values())
+    assert len(found["served_mb"]) > len(graphs)  # a process each, and Triton itself
+    assert sum(found["served_mb"].values()) > found["in_process_mb"]["sample"] > 1
+    assert found["start_s"][0] > 0
+    assert "sessions of `sample`" in (tmp_path / "footprint.md").read_text()
+
+
+@pytest.mark.slow
+def test_training_measures_steps_and_what_is_none(tmp_path, monkeypatch):
+    for name, value in {
+        "COLOUR": (16, 16, 3), "GREY": (16, 16, 1), "PAPER_BATCH": 2, "SMALL_BATCH": 2, "STEPS": 5,
+        "SMALL": {"widths": (8, 16), "latent_size": 4},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(training, name, value)
+    rows = training.run_training(3, 2, tmp_path, Console(quiet=True))
+    assert [row.ours_ms > 0 for row in rows] == [True] * 4
+    assert 0 < json.loads((tmp_path / "training.json").read_text())["rest"] < 1
+    assert all(row.name in (tmp_path / "training.md").read_text() for row in rows)
+
+
+def test_exponents_and_knees_of_known_laws():
+    sizes = [1.0, 10.0, 100.0, 1000.0]
+    found = scaling.curve("a law", sizes, [3 * size**0.5 for size in sizes], sizes)
+    assert (found.exponent, found.steepest) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert found.interval == (pytest.approx(0.5), pytest.approx(0.5))
+    assert scaling.curve("from 40 on", sizes, [40 + size for size in sizes], sizes).knee == pytest.approx(40)
+    saturated = scaling.curve("a rate", sizes, [max(5.0, size / 3) for size in sizes], sizes, rates=True)
+    assert saturated.knee == 100  # 1 of 5, 10 of 5, 100 of 33, 1000 of 333 ms
+    wobbly = scaling.curve("noise", sizes, [1.0, 14.0, 80.0, 1100.0], sizes)
+    assert wobbly.interval[0] < 1 < wobbly.interval[1]
+
+
+def _array(megabytes):
+    return np.ones(megabytes * 1_000_000, np.uint8)
+
+
+def _passing(megabytes):
+    return _array(megabytes).sum()
+
+
+def test_memory_is_what_a_call_holds_or_held():
+    assert most_of(_array, 200) == pytest.approx(200, abs=10)
+    assert most_of(_passing, 200) == pytest.approx(200, abs=10)
+    assert not [name for name in of_descendants() if name.startswith("cat")]
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        assert 0 < of_descendants()[f"cat {child.pid}"] < 20
 
 
 @pytest.mark.slow

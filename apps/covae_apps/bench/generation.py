@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
+from covae_apps.bench.sessions import session_of
 from covae_apps.bench.stopwatch import (
     UNDISTURBED,
     Case,
@@ -163,13 +164,9 @@ def draw_cases(model: Model) -> list[Case]:
 def session_like(repository: Path, name: str, operation: str = "sample") -> onnxruntime.InferenceSession:
     """The graph of an operation in this process, with the threads that its configuration gives it, and no spinning."""
     (model,) = read_repository(repository, [name], [operation])
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(model.config.parameters["intra_op_thread_count"].string_value)
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    versions = [int(path.name) for path in model.folder.iterdir() if path.name.isdigit()]
+    threads = int(model.config.parameters["intra_op_thread_count"].string_value)
     gpu = any(group.kind == ModelInstanceGroup.KIND_GPU for group in model.config.instance_group)
-    providers = [*(["CUDAExecutionProvider"] if gpu else []), "CPUExecutionProvider"]
-    return onnxruntime.InferenceSession(model.folder / str(max(versions)) / "model.onnx", options, providers=providers)
+    return session_of(model.graph, threads, gpu)
 
 
 def split_of(service: Service, registry: CollectorRegistry, model: Model, batch: int, repeats: int) -> dict[str, float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 
+from covae_apps.bench.sessions import Feeds, session_of
 from covae_apps.bench.stopwatch import Row, case, compared, show_ratios
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS
@@ -27,8 +27,6 @@ FAMILY, COLOUR, GREY = "sos-vae", (64, 64, 3), (64, 64, 1)
 FACTOR_STD = 5e-3
 DRAW_BOUND, SCORE_BOUND, THROUGHPUT_BOUND = 1.3, 1.3, 0.85
 WEIGHTS, MANY_WEIGHTS = 10, 500
-
-Feeds = Mapping[str, NDArray[Any]]
 
 
 def untrained(
@@ -50,14 +48,12 @@ def untrained(
 def sessions_of(
     model: ImageModel, spec: ModelSpec, names: Sequence[str], threads: int
 ) -> dict[str, onnxruntime.InferenceSession]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
     sessions = {}
     with tempfile.TemporaryDirectory(prefix="covae-bench-") as folder:
         for name in names:
             path = Path(folder, f"{name}.onnx")
             convert(build_graph(OPERATIONS[name], model, spec), path)
-            sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            sessions[name] = session_of(path, threads)
     return sessions
 
 

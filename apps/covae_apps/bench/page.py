@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from covae_apps.bench import generation, latency, peers, scoring
+from covae_apps.bench import footprint, generation, latency, peers, scaling, scoring, training
 from covae_apps.bench.stopwatch import write_record
 from covae_core.errors import InvalidArgument
 
@@ -48,6 +48,25 @@ wanted is what the project set itself: a server that costs next to nothing over 
         """A bound of log p(x) is the tighter the more importance weights; each is a decoder pass and a density.
 A row of the wire carries ten of them up to 64×64, fewer above.""",
         scoring.as_markdown,
+    ),
+    scaling.NAME: Section(
+        "Scaling",
+        """What time and memory grow with. Below a knee a size is nearly free, because the rest of the work is larger;
+of a batch or of clients it is where more of them no longer give more images a second.""",
+        scaling.as_markdown,
+        scaling.draw_plot,
+    ),
+    footprint.NAME: Section(
+        "Memory, disk, start",
+        """What a model with all its operations takes of a machine. Each operation is a graph of its own with its own
+weights, in a process of its own: one that dies or hangs takes no other with it.""",
+        footprint.as_markdown,
+    ),
+    training.NAME: Section(
+        "Training",
+        """What a structured density adds to a step beside independent pixels with the same networks, and what of a run
+is no step.""",
+        training.as_markdown,
     ),
     latency.NAME: Section(
         "Latency",

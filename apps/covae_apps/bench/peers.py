@@ -25,8 +25,8 @@ from covae_apps.bench.stopwatch import (
     described,
     interleaved,
     machine,
-    markdown,
     ratio,
+    ratio_table,
     throughput,
     write_record,
 )
@@ -227,24 +227,13 @@ def structured(repository: Path, session: onnxruntime.InferenceSession, repeats:
 
 def as_markdown(record: Mapping[str, Any]) -> str:
     """The table."""
-    lines = [
-        [
-            row["name"],
-            f"{row['ours_ms']:,.2f}",
-            f"{row['theirs_ms']:,.2f}",
-            f"{row['ratio']:.2f}",
-            f"≤ {row['bound']:.2f}",
-            "yes" if row["holds"] else "no",
-        ]
-        for row in record["rows"]
-    ]
     settings = record["settings"]
     side = "×".join(map(str, settings["image_shape"]))
     return "\n\n".join(
         [
             f"`sample` of an untrained {FAMILY} of the paper's widths at {side}, {settings['threads']} threads, over "
             "gRPC from Triton where nothing else is said; medians in ms, ratios of neighbours.",
-            markdown(("", "ours, ms", "theirs, ms", "ratio", "wanted", "holds"), lines),
+            ratio_table(("", "ours, ms", "theirs, ms"), record["rows"]),
             *(f"{name} is left out: {why}." for name, why in record["omitted"].items()),
             f"{described(record['machine'])}; n = {settings['repeats']}, {CONCURRENT_RUNS} of the clients' runs, "
             f"{SMALL_REPEATS * settings['repeats']} of the 8×8 model's.",

@@ -206,6 +206,22 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def ratio_table(heads: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a record has them, in Markdown."""
+    lines = [
+        [
+            row["name"],
+            f"{row['ours_ms']:,.2f}",
+            f"{row['theirs_ms']:,.2f}",
+            f"{row['ratio']:.2f}",
+            f"≤ {row['bound']:.2f}",
+            "yes" if row["holds"] else "no",
+        ]
+        for row in rows
+    ]
+    return markdown((*heads, "ratio", "wanted", "holds"), lines)
+
+
 def write_record(folder: Path, name: str, record: Mapping[str, Any], page: str) -> None:
     """Leave NAME.json and NAME.md in a folder."""
     folder.mkdir(parents=True, exist_ok=True)

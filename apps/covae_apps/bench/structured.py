@@ -1,10 +1,10 @@
-"""The benchmark behind `covae bench structured`: sparse precisions beside scipy's solver, edits, steps, graphs."""
+"""The benchmark behind `covae bench structured`: sparse precisions beside scipy's solver, edits, graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -17,21 +17,15 @@ from covae_apps.bench.graphs import GREY, call_of, feeds_of, sessions_of, untrai
 from covae_apps.bench.stopwatch import Row, case, compared, show_ratios
 from covae_core.densities import HybridNormal, SparsePrecisionNormal
 from covae_core.densities.neighbourhood import Neighbourhood
-from covae_train.families import build_model, make_config
-from covae_train.image_model import ImageModel, Vae
-from covae_train.mean_first import likelihood
-from covae_train.objective import Batch
 
 SIDE, NEIGHBOURHOOD, BATCH, RANK = 64, 7, 16, 16
-SMALL = {"widths": (16, 32, 64, 64), "latent_size": 64, "batch_size": 25}
-STEP_BATCH = 25
 
 
 def run_structured(repeats: int, threads: int) -> list[Row]:
     """Print, and return by name, medians of ours and of what is beside it in ms, and of the ratio of neighbours."""
     rows = [
         compared(name, case("ours", ours), case("theirs", theirs), repeats, bound)
-        for cases in (densities, steps, graphs)
+        for cases in (densities, graphs)
         for name, ours, theirs, bound in cases(threads)
     ]
     show_ratios(f"{SIDE}×{SIDE} grey, n_f = {NEIGHBOURHOOD}; n = {repeats}", ("", "ours, ms", "beside, ms"), rows)
@@ -107,29 +101,6 @@ def densities(threads: int) -> list[Pair]:
             (f"edit of {name}, beside a sample", partial(edit, mask), sample, 3.0 if name == "4×4" else 40.0)
             for name, mask in masks.items()
         ),
-    ]
-
-
-def steps(threads: int) -> list[Pair]:
-    """Forward and backward of a training step, the widths small."""
-    torch.set_num_threads(threads)
-    images = torch.rand(STEP_BATCH, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    noise = {"latent": torch.randn(STEP_BATCH, 64, generator=torch.Generator().manual_seed(1))}
-
-    def step(model: ImageModel) -> None:
-        model.zero_grad()
-        likelihood("joint")(cast(Vae, model), Batch(images, noise)).objective.backward()  # type: ignore[no-untyped-call]
-
-    models = {}
-    for family in ("beta-vae", "structured-vae", "hybrid-vae"):
-        torch.manual_seed(0)
-        models[family] = build_model(make_config(family=family, data="none", image_shape=GREY, **SMALL)).train()
-    structured, hybrid, diagonal = (
-        partial(step, models[name]) for name in ("structured-vae", "hybrid-vae", "beta-vae")
-    )
-    return [
-        ("structured-vae: a training step, beside beta-vae's", structured, diagonal, 1.3),
-        ("hybrid-vae: a training step, beside structured-vae's", hybrid, structured, 1.15),
     ]
 
 

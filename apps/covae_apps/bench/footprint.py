@@ -1,0 +1,134 @@
+"""The benchmark behind `covae bench footprint`: a served model's memory, disk and start, beside what it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+from rich.console import Console
+
+from covae_apps.bench.graphs import feeds_of
+from covae_apps.bench.memory import most_of, of_descendants
+from covae_apps.bench.sessions import one_call
+from covae_apps.bench.stopwatch import UNDISTURBED, described, machine, markdown, write_record
+from covae_client import Client
+from covae_core.contract import ModelSpec
+from covae_export.exporting import MODEL_FILE
+from covae_serving.repository import ServedModel, read_repository
+from covae_serving.service import Service
+
+NAME = "footprint"
+# Wanted: memory in units of one session's in process, disk in units of the weights, seconds from start to ready.
+MEMORY, DISK, START_S = 3.0, 1.6, 5.0
+
+
+def run_footprint(
+    repository: Path, names: Sequence[str], repeats: int, threads: int, folder: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Measure each model of a repository with all its operations; leaves footprint.json and .md in a folder.
+
+    threads: of the sessions in process. Raises ServingError: a model is not there or does not answer.
+    """
+    facts = machine()
+    models = read_repository(repository, names)
+    found = [
+        {"model": name, **measure([item for item in models if item.name == name], repository, repeats, threads)}
+        for name in dict.fromkeys(model.name for model in models)
+    ]
+    record = {"machine": facts, "settings": {"repeats": repeats, "threads": threads}, "models": found}
+    page = as_markdown(record)
+    write_record(folder, NAME, record, page)
+    console.print(page, soft_wrap=True)
+    return found
+
+
+def measure(operations: Sequence[ServedModel], repository: Path, repeats: int, threads: int) -> dict[str, Any]:
+    """One model, alone on the server."""
+    name, spec = operations[0].name, ModelSpec.from_config(operations[0].config)
+    graphs = {item.operation: item.graph for item in operations}
+    feeds: dict[str, dict[str, Any]] = {item: dict(feeds_of(spec, item, 1)) for item in graphs}
+    first = next(iter(graphs)) if "sample" not in graphs else "sample"
+    alone = {item: most_of(one_call, graphs[item], feeds[item], threads) for item in graphs}
+    with TemporaryDirectory(prefix="covae-bench-") as place:
+        apart = with_weights_apart(graphs[first], Path(place))
+        ways = {
+            "as it is": alone[first],
+            "its weights not prepacked": most_of(one_call, graphs[first], feeds[first], threads, False),
+            "its weights mapped from a file of their own": most_of(one_call, apart, feeds[first], threads),
+        }
+    starts: list[float] = []
+    served: dict[str, float] = {}
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        with Service(repository, [name], grpc_port=0, timing=UNDISTURBED) as service:
+            starts.append(time.perf_counter() - begun)
+            with Client(service.grpc_address) as client:
+                for item in graphs:
+                    client.model(name).run(item, **feeds[item])
+            served = of_descendants()
+    return {
+        "image_shape": spec.image_shape,
+        "weights_mb": weights_once(graphs.values()) / 1e6,
+        "disk_mb": {item: path.stat().st_size / 1e6 for item, path in graphs.items()},
+        "in_process_mb": alone,
+        "one_session": first,
+        "ways_mb": ways,
+        "served_mb": served,
+        "start_s": starts,
+    }
+
+
+def weights_once(graphs: Iterable[Path]) -> int:
+    """Bytes of the different tensors that graphs hold."""
+    sizes = {}
+    for path in graphs:
+        for tensor in onnx.load(path).graph.initializer:
+            data = onnx.numpy_helper.to_array(tensor).tobytes()
+            sizes[hashlib.sha256(data).digest()] = len(data)
+    return sum(sizes.values())
+
+
+def with_weights_apart(graph: Path, place: Path) -> Path:
+    """The same graph, its weights in a file beside it."""
+    apart = place / MODEL_FILE
+    onnx.save_model(onnx.load(graph), apart, save_as_external_data=True, location="weights")
+    return apart
+
+
+def as_markdown(record: Mapping[str, Any]) -> str:
+    """Of each model what is wanted and what is, and where it lies."""
+    parts = [part for item in record["models"] for part in _about(item)]
+    return "\n\n".join([*parts, f"{described(record['machine'])}; n = {record['settings']['repeats']} starts."])
+
+
+def _about(item: Mapping[str, Any]) -> list[str]:
+    served, alone, disk = item["served_mb"], item["in_process_mb"], item["disk_mb"]
+    one = alone[item["one_session"]]
+    start = median(item["start_s"])
+    figures = [
+        ["memory of the server", f"{sum(served.values()):,.0f} MB",
+         f"{sum(served.values()) / one:.1f} sessions of `{item['one_session']}`", f"≤ {MEMORY:.1f}"],
+        ["graphs on disk", f"{sum(disk.values()):,.0f} MB",
+         f"{sum(disk.values()) / item['weights_mb']:.1f} times the weights", f"≤ {DISK:.1f}"],
+        ["from start to ready", f"{start:.1f} s", "", f"≤ {START_S:.1f} s"],
+    ]  # fmt: skip
+    operations = [[name, f"{disk[name]:,.0f}", f"{alone[name]:,.0f}"] for name in disk]
+    processes = sorted(served.items(), key=lambda pair: -pair[1])
+    return [
+        f"{item['model']}, {'×'.join(map(str, item['image_shape']))}, {item['weights_mb']:,.0f} MB of weights, one "
+        "request of each operation:",
+        markdown(("", "", "in units", "wanted"), figures),
+        markdown(("operation", "on disk, MB", "one session in process, MB"), operations),
+        f"A session of `{item['one_session']}`: "
+        + ", ".join(f"{way} {mb:,.0f} MB" for way, mb in item["ways_mb"].items())
+        + ".",
+        "The server's processes, MB, shared pages divided: "
+        + ", ".join(f"{name.rpartition(' ')[0]} {value:,.0f}" for name, value in processes)
+        + ".",
+    ]

@@ -1,0 +1,72 @@
+"""What benchmarks read of processes' memory, from Linux's /proc."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# Seconds between two looks at a process's memory.
+LOOK_S = 0.002
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def most_of(call: Callable[..., object], *arguments: Any) -> float:
+    """The most memory that a call takes in a new process, beyond what the process had before, in MB."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_watched, call, *arguments).result()
+
+
+def _watched(call: Callable[..., object], *arguments: Any) -> float:
+    before = resident()
+    most, stop = before, threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not stop.wait(LOOK_S):
+            most = max(most, resident())
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    kept = call(*arguments)
+    stop.set()
+    watch.join()
+    most = max(most, resident())
+    del kept
+    return (most - before) / 1e6
+
+
+def of_descendants() -> dict[str, float]:
+    """MB of each process that this one, or one of those, has started; pages that several share are divided among them.
+
+    By the process's name and id.
+    """
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                name, _, rest = (folder / "stat").read_text(encoding="utf-8").partition("(")[2].rpartition(")")
+            except OSError:  # it has ended meanwhile
+                continue
+            parents[int(folder.name)], names[int(folder.name)] = int(rest.split()[1]), name
+    ours, found = {os.getpid()}, {}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    for pid in sorted(ours - {os.getpid()}):
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        except OSError:
+            continue
+        pss = [int(line.split()[1]) for line in lines if line.startswith("Pss:")]
+        found[f"{names[pid]} {pid}"] = sum(pss) * 1024 / 1e6
+    return found
