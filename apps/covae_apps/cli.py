@@ -247,7 +247,7 @@ def bench_peers(
 ) -> None:
     """Time a sos-vae's samples over gRPC beside ONNX Runtime, PyTorch, torch.compile and OpenVINO in process.
 
-    The images are compared first. OpenVINO is left out where it is not installed.
+    And beside LitServe. The images are compared first. OpenVINO and LitServe are left out where they are not installed.
     """
     use_threads(threads)
     from rich.console import Console

@@ -39,7 +39,8 @@ Several images of one latent cost one decoder pass for every eight.""",
     ),
     peers.NAME: Section(
         "Beside others",
-        """The same images from ONNX Runtime, PyTorch and OpenVINO in process, alternated with ours over gRPC. What is
+        """The same images from ONNX Runtime, PyTorch and OpenVINO in process, and from LitServe with PyTorch over HTTP,
+alternated with ours over gRPC. What is
 wanted is what the project set itself: a server that costs next to nothing over the graph that it runs.""",
         peers.as_markdown,
     ),

@@ -1,4 +1,4 @@
-"""The benchmark behind `covae bench peers`: the same images from our server, ONNX Runtime, PyTorch and OpenVINO."""
+"""The benchmark behind `covae bench peers`: the same images from our server, ONNX Runtime, PyTorch and others."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from covae_apps.bench.generation import DisagreeError, session_like
 from covae_apps.bench.graphs import untrained
+from covae_apps.bench.litserve_peer import is_installed, litserve_peer
 from covae_apps.bench.repositories import untrained_repository
 from covae_apps.bench.stopwatch import (
     UNDISTURBED,
@@ -44,6 +45,7 @@ BATCHES = (1, 16, 64)
 # What a ratio of ours over theirs may be: over gRPC beside the same graph in process, by batch; beside PyTorch.
 IN_PROCESS = {1: 1.0, 16: 1 / 0.98, 64: 1 / 0.99}
 EAGER, COMPILED, OPENVINO, STRUCTURED, CONCURRENT = 1 / 1.5, 1 / 1.1, 1 / 0.95, 1.05, 1 / 0.95
+LITSERVE, LITSERVE_ALONE = 0.5, 0.5
 # One image over gRPC may take so much longer than in process, whatever IN_PROCESS says of it.
 MOST_MS = 1.0
 CLIENTS, CLIENTS_S, CONCURRENT_RUNS = 8, 4.0, 3
@@ -75,6 +77,10 @@ def run_peers(
             found, left_out = arms(model, session, network, repository, batch, repeats, compiled)
             rows, omitted = rows + found, omitted | left_out
         rows.append(concurrent(service.grpc_address, session))
+        if is_installed():
+            rows += beside_litserve(service.grpc_address, model, threads, image_shape, repeats)
+        else:
+            omitted["LitServe"] = "it is not installed (`pip install litserve`)"
         rows += structured(repository, session, repeats)
     record = {
         "machine": facts,
@@ -207,6 +213,36 @@ def concurrent(address: str, session: onnxruntime.InferenceSession) -> Row:
     first, second = np.array(ours), np.array(theirs)
     name = f"{CLIENTS} clients, one image each, beside batches of {CLIENTS} in process; an image"
     return Row(name, 1e3 * float(np.median(first)), 1e3 * float(np.median(second)), ratio(first, second), CONCURRENT)
+
+
+def beside_litserve(
+    address: str, model: Model, threads: int, image_shape: tuple[int, int, int], repeats: int
+) -> list[Row]:
+    """The same images from LitServe, by torch: CLIENTS clients that ask for one after the other each, and one client.
+
+    Raises:
+        DisagreeError: the images are others.
+    """
+    ours, theirs = [], []
+    with litserve_peer(threads, image_shape) as peer, Client(address) as client:
+        served = client.model(FAMILY)
+        seed = row_seeds(0, np.arange(1))
+        if np.abs(peer.sample(seed[0]).astype(int) - model.sample(1)[0]).max() > LEVELS:
+            raise DisagreeError("LitServe: the same seed gave another image than over gRPC")
+        for _ in range(CONCURRENT_RUNS):
+            ours.append(1 / throughput(lambda start, rows: served.sample(rows, start=start), 1, CLIENTS, CLIENTS_S))
+            theirs.append(1 / throughput(lambda start, rows: peer.sample(start), 1, CLIENTS, CLIENTS_S))
+        alone = compared(
+            "one client, one image, beside LitServe",
+            case("grpc", partial(model.sample, 1)),
+            case("LitServe", partial(peer.sample, 0)),
+            repeats,
+            LITSERVE_ALONE,
+        )
+    first, second = np.array(ours), np.array(theirs)
+    name = f"{CLIENTS} clients, one image each, beside LitServe's; an image"
+    medians = 1e3 * float(np.median(first)), 1e3 * float(np.median(second))
+    return [Row(name, *medians, ratio(first, second), LITSERVE), alone]
 
 
 def structured(repository: Path, session: onnxruntime.InferenceSession, repeats: int) -> list[Row]:
