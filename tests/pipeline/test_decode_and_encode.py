@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
+from covae_client import Client
+from covae_core.errors import InvalidArgument
 from covae_core.images import channels_first, channels_last, to_uint8, to_unit
 from covae_core.operations import OPERATIONS
 
@@ -43,6 +46,36 @@ def test_the_density_is_torchs(model, latents, expected):
     for parameter, value in density.parameters.items():
         wanted = np.broadcast_to(expected.parameters[parameter].numpy(), value.shape)
         np.testing.assert_allclose(value, wanted, rtol=TOLERANCE, atol=TOLERANCE, err_msg=parameter)
+
+
+def test_a_halved_factor_is_off_by_its_last_bits_alone(model, latents):
+    if model.spec.density != "low-rank-normal":
+        with pytest.raises(InvalidArgument, match="half: found True; a diagonal-normal has no factor"):
+            model.decode(latents, half=True)
+        return
+    for scoring in (False, True):
+        whole, half = model.decode(latents, scoring=scoring), model.decode(latents, scoring=scoring, half=True)
+
+        assert half.factor.dtype == np.float32
+        off = np.abs(half.factor - whole.factor)
+        assert (off <= 2**-11 * np.abs(whole.factor) + 2**-25).all()
+        assert off.any()
+        np.testing.assert_array_equal(half.mean, whole.mean)
+        np.testing.assert_array_equal(half.variance, whole.variance)
+
+
+def test_a_halved_factor_takes_half_the_bytes(service, model, latents):
+    if model.spec.density != "low-rank-normal":
+        pytest.skip("no factor")
+    received = {}
+    for half in (False, True):
+        registry = CollectorRegistry()
+        with Client(service.grpc_address, metrics=registry) as client:
+            client.model(model.name).decode(latents, half=half)
+        labels = {"model": model.name, "operation": "decode"}
+        received[half] = registry.get_sample_value("covae_client_received_bytes_total", labels)
+    factor = 4 * np.prod(model.decode(latents).factor.shape)
+    assert received[False] - received[True] == factor / 2
 
 
 def test_a_latent_without_a_batch_axis_gives_the_same_density_without_one(model, latents):

@@ -83,6 +83,46 @@ def test_a_wrong_request_gets_the_right_status_and_the_next_one_works(caller, mo
     assert caller.infer("toy_decode", latent=LATENT)["mean"].shape == (1, 1, 2, 2)
 
 
+def halved(caller, names: str, latent: np.ndarray):
+    from tritonclient.grpc.service_pb2 import ModelInferRequest
+
+    request = ModelInferRequest(model_name="toy_decode")
+    request.inputs.add(name="latent", datatype="FP32", shape=latent.shape)
+    request.raw_input_contents.append(latent.tobytes())
+    request.parameters["halved"].string_param = names
+    return caller.stub.ModelInfer(request)
+
+
+def test_outputs_are_sent_as_16_bit_floats_to_those_who_ask(caller):
+    response = halved(caller, "mean", LATENT)
+
+    sent = {output.name: output.datatype for output in response.outputs}
+    assert (sent["mean"], sent["variance"]) == ("FP16", "FP32")
+    mean = next(
+        data
+        for output, data in zip(response.outputs, response.raw_output_contents, strict=True)
+        if output.name == "mean"
+    )
+    np.testing.assert_array_equal(np.frombuffer(mean, np.float16), LATENT[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "latent", "status", "message"),
+    [
+        ("mean,men", LATENT, INVALID, "halved: found 'mean,men'; expected names of outputs of FP32, of .*'mean'"),
+        ("mean", 1e5 * LATENT, grpc.StatusCode.INTERNAL, "halved: a number of the output is beyond .* 65,504"),
+    ],
+    ids=["unknown output", "too large a number"],
+)
+def test_what_cannot_be_sent_as_16_bit_floats_is_refused(caller, names, latent, status, message):
+    with pytest.raises(grpc.RpcError) as refused:
+        halved(caller, names, latent)
+
+    assert refused.value.code() == status
+    assert re.search(message, refused.value.details())
+    assert caller.infer("toy_decode", latent=LATENT)["mean"].shape == (1, 1, 2, 2)
+
+
 def waiting_batches(config) -> None:
     """Triton waits this long for a batch to fill, so requests sent together run together."""
     config.dynamic_batching.max_queue_delay_microseconds = 500_000

@@ -45,7 +45,7 @@ BATCHES = (1, 16, 64)
 # What a ratio of ours over theirs may be: over gRPC beside the same graph in process, by batch; beside PyTorch.
 IN_PROCESS = {1: 1.0, 16: 1 / 0.98, 64: 1 / 0.99}
 EAGER, COMPILED, OPENVINO, STRUCTURED, CONCURRENT = 1 / 1.5, 1 / 1.1, 1 / 0.95, 1.05, 1 / 0.95
-LITSERVE, LITSERVE_ALONE = 0.5, 0.5
+LITSERVE, LITSERVE_ALONE, HALVED = 0.5, 0.5, 0.6
 # One image over gRPC may take so much longer than in process, whatever IN_PROCESS says of it.
 MOST_MS = 1.0
 CLIENTS, CLIENTS_S, CONCURRENT_RUNS = 8, 4.0, 3
@@ -69,7 +69,7 @@ def run_peers(
     omitted: dict[str, str] = {}
     with (
         untrained_repository([FAMILY, PLAIN], image_shape, ["sample", "decode"], threads) as repository,
-        Service(repository, [FAMILY], ["sample"], grpc_port=0, timing=UNDISTURBED) as service,
+        Service(repository, [FAMILY], ["sample", "decode"], grpc_port=0, timing=UNDISTURBED) as service,
         Client(service.grpc_address) as client,
     ):
         model, session = client.model(FAMILY), session_like(repository, FAMILY)
@@ -82,6 +82,10 @@ def run_peers(
         else:
             omitted["LitServe"] = "it is not installed (`pip install litserve`)"
         rows += structured(repository, session, repeats)
+        latents = model.latents(BATCHES[-1])
+        whole, half = (case(str(half), partial(model.decode, latents, half=half)) for half in (False, True))
+        name = f"batch {BATCHES[-1]}, decode with the factor as 16-bit floats, beside 32"
+        rows.append(compared(name, half, whole, repeats, HALVED))
     record = {
         "machine": facts,
         "settings": {"image_shape": image_shape, "repeats": repeats, "threads": threads},

@@ -33,6 +33,7 @@ from covae_client.transport import (
     checked_output,
     credentials,
     empty_results,
+    request_parameters,
     request_parts,
     request_tensors,
     translated,
@@ -121,9 +122,11 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         """As Model.sample_with_latents."""
         return await self._do(self._plans.sample(n, seed, noise_seed, start), progress)
 
-    async def decode(self, latent: Any, *, scoring: bool = False, progress: Progress | None = None) -> Density:
+    async def decode(
+        self, latent: Any, *, scoring: bool = False, half: bool = False, progress: Progress | None = None
+    ) -> Density:
         """As Model.decode."""
-        return await self._do(self._plans.decode(latent, scoring), progress)
+        return await self._do(self._plans.decode(latent, scoring, half), progress)
 
     async def encode(self, images: Any, *, progress: Progress | None = None) -> Any:
         """As Model.encode."""
@@ -247,9 +250,8 @@ class AsyncTransport:
                 question = Question(endpoint.model_name, "infer", (endpoint.model_name, tensors))
                 with self._requests.one(endpoint, rows) as request:
                     headers = {**self.settings.headers, **request.headers}
-                    answer = await self.call(
-                        question, request.again, outputs=wanted, request_id=request.id, headers=headers
-                    )
+                    told = {"outputs": wanted, "request_id": request.id, "parameters": request_parameters(endpoint)}
+                    answer = await self.call(question, request.again, headers=headers, **told)
                     for tensor in endpoint.outputs:
                         results[tensor.name][part] = checked_output(answer, tensor, rows, endpoint)
             done += rows

@@ -89,7 +89,7 @@ class RequestMetrics:
             if outcome == ANSWERED:
                 self._rows.labels(*labels).inc(rows)
                 self._sent.labels(*labels).inc(rows * sum(tensor.row_bytes for tensor in endpoint.inputs))
-                self._received.labels(*labels).inc(rows * sum(tensor.row_bytes for tensor in endpoint.outputs))
+                self._received.labels(*labels).inc(rows * endpoint.answer_row_bytes)
 
 
 _REGISTERING = Lock()

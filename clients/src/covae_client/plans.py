@@ -41,7 +41,8 @@ Arrays = Mapping[str, NDArray[Any]]
 class Call(Generic[Result]):
     """A call of one operation on `rows` rows: the input tensors of those that a slice names, and what comes of it.
 
-    per_unit: rows that make one unit of progress. outputs: which of them are asked for; None for all.
+    per_unit: rows that make one unit of progress. outputs: which of them are asked for; None for all. halved: which of
+    those the server may send as 16-bit floats.
     """
 
     operation: str
@@ -50,12 +51,14 @@ class Call(Generic[Result]):
     finish: Callable[[dict[str, NDArray[Any]]], Result]
     per_unit: int = 1
     outputs: frozenset[str] | None = None
+    halved: frozenset[str] = frozenset()
 
     def asks(self, endpoint: Endpoint) -> Endpoint:
-        """The endpoint with those outputs alone that are asked for."""
+        """The endpoint with those outputs alone that are asked for, as they are asked for."""
         if self.outputs is None:
             return endpoint
-        return replace(endpoint, outputs=tuple(item for item in endpoint.outputs if item.name in self.outputs))
+        outputs = tuple(item for item in endpoint.outputs if item.name in self.outputs)
+        return replace(endpoint, outputs=outputs, halved=self.halved)
 
 
 class Posterior(NamedTuple):
@@ -140,7 +143,7 @@ class Plans:
         }
         return self._one_or_all(drawn)
 
-    def decode(self, latent: Any, scoring: bool) -> Call[Density]:
+    def decode(self, latent: Any, scoring: bool, half: bool = False) -> Call[Density]:
         """The density of a latent, or of each of N; to draw with, or to score with."""
         from covae_core.densities import DENSITIES
 
@@ -155,6 +158,10 @@ class Plans:
         own = {name: f"scoring_{name}" for name in self.spec.scoring_parameters} if scoring else {}
         tensors = {name: own.get(name, name) for name in self.spec.density_parameters}
 
+        if half and "factor" not in tensors:
+            raise InvalidArgument(f"half: found True; a {self.spec.density} has no factor to send as 16-bit floats")
+        halved = frozenset({tensors["factor"]} if half else ())
+
         def finish(result: dict[str, NDArray[Any]]) -> Density:
             parts: dict[str, Any] = {
                 name: result[tensor][0] if single else result[tensor] for name, tensor in tensors.items()
@@ -163,7 +170,7 @@ class Plans:
 
         rows = arguments.same_rows(**latents)
         wanted = frozenset(tensors.values())
-        return Call("decode", _rows_of(_whole(latents, rows)), rows, finish, outputs=wanted)
+        return Call("decode", _rows_of(_whole(latents, rows)), rows, finish, outputs=wanted, halved=halved)
 
     def encode(self, images: Any) -> Call[Any]:
         """The posterior of the one latent, or of each by name."""

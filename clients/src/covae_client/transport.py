@@ -26,7 +26,7 @@ from covae_client.errors import (
 )
 from covae_client.metrics import Request, RequestMetrics, Requests
 from covae_client.retry import Retry, Timeout, with_retries
-from covae_core.contract import NUMPY_DTYPES, TensorSpec
+from covae_core.contract import HALVED, NUMPY_DTYPES, TensorSpec
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -83,18 +83,27 @@ class Tls:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One served Triton model: its name, its tensors (per row) and the largest batch that it takes."""
+    """One served Triton model: its name, its tensors (per row) and the largest batch that it takes.
+
+    halved: outputs that the server is asked to send as 16-bit floats.
+    """
 
     model_name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
+    halved: frozenset[str] = frozenset()
 
     @property
     def rows_per_request(self) -> int:
         """Rows that one request carries: as many as the server takes and MAX_REQUEST_BYTES hold, and at least one."""
-        row_bytes = sum(tensor.row_bytes for tensor in (*self.inputs, *self.outputs))
+        row_bytes = sum(tensor.row_bytes for tensor in self.inputs) + self.answer_row_bytes
         return max(1, min(self.max_batch_size, MAX_REQUEST_BYTES // max(1, row_bytes)))
+
+    @property
+    def answer_row_bytes(self) -> int:
+        """Bytes of a row's outputs."""
+        return sum(tensor.row_bytes // (2 if tensor.name in self.halved else 1) for tensor in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,7 @@ class Transport:
             outputs=wanted,
             request_id=request.id,
             headers=self._headers | request.headers,
+            parameters=request_parameters(endpoint),
             on_retry=request.again,
         )
 
@@ -321,6 +331,11 @@ def request_tensors(endpoint: Endpoint, arrays: Mapping[str, NDArray[Any]]) -> l
     return tensors
 
 
+def request_parameters(endpoint: Endpoint) -> dict[str, str] | None:
+    """What a request says beside its tensors."""
+    return {HALVED: ",".join(sorted(endpoint.halved))} if endpoint.halved else None
+
+
 def translated(address: str, action: str, error: Any) -> ServerError:
     """tritonclient's error as one of ours, by its status."""
     status = str(error.status()).removeprefix("StatusCode.")
@@ -368,7 +383,9 @@ def checked_output(answer: Any, tensor: TensorSpec, rows: int, endpoint: Endpoin
     found = answer.get_output(tensor.name)
     if found is None:
         raise ServerFault(f"{endpoint.model_name}: the answer lacks the output {tensor.name!r}, expected {expected}")
-    if found.datatype != tensor.dtype or tuple(found.shape) != (rows, *tensor.shape):
+    # A server that does not know HALVED sends them whole.
+    kinds = {tensor.dtype, "FP16"} if tensor.name in endpoint.halved else {tensor.dtype}
+    if found.datatype not in kinds or tuple(found.shape) != (rows, *tensor.shape):
         shape = tuple(found.shape)
         raise ServerFault(f"{endpoint.model_name}: {tensor.name!r} is {found.datatype} {shape}, expected {expected}")
     array: NDArray[Any] = answer.as_numpy(tensor.name)

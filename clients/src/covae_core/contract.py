@@ -21,6 +21,8 @@ from covae_core.noise import NOISE_VERSION, Stream
 
 CONTRACT_VERSION = 2
 PLATFORM_BACKEND = "onnxruntime"
+# A request's parameter: names of outputs of FP32 that it wants as FP16, with commas between.
+HALVED = "halved"
 # A model has one of these latents, both, or none; their streams of noise, of the prior and of the posterior.
 LATENT_STREAMS: Mapping[str, tuple[Stream, Stream]] = {
     "latent": (Stream.LATENT, Stream.POSTERIOR),

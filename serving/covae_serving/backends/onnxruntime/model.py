@@ -80,6 +80,8 @@ TENSORRT_NAMES = {
 
 # The supervisor's own inferences, which are no user's; `covae_serving.probe` sends this id.
 PROBE_ID = "covae-probe"
+# A request's parameter: names of outputs that it wants as 16-bit floats, with commas; `covae_core.contract.HALVED`.
+HALVED = "halved"
 # From 0.1 ms to 52 s, each twice the one before.
 SECONDS = [1e-4 * 2**k for k in range(20)]
 ROWS = [2**k for k in range(9)]
@@ -131,13 +133,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Job:
-    """One accepted request: its place in Triton's batch, its inputs, its rows and the outputs it asks for."""
+    """One accepted request: its place in Triton's batch, its inputs, its rows and the outputs it asks for.
+
+    halved: which of those it wants as 16-bit floats.
+    """
 
     index: int
     inputs: Arrays
     rows: int
     wanted: tuple[str, ...]
     id: str = ""
+    halved: frozenset[str] = frozenset()
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -210,7 +216,18 @@ class TritonPythonModel:
         if len(set(rows.values())) > 1:
             raise RequestError(f"the inputs disagree on the number of rows: {rows}; send the same number in each")
         wanted = tuple(request.requested_output_names())
-        return Job(index, inputs, max(rows.values(), default=1), wanted, request.request_id())
+        halved = self._halved(request.parameters())
+        return Job(index, inputs, max(rows.values(), default=1), wanted, request.request_id(), halved)
+
+    def _halved(self, parameters: str) -> frozenset[str]:
+        if HALVED not in parameters:
+            return frozenset()
+        text = json.loads(parameters).get(HALVED, "")
+        names = frozenset(str(text).split(",")) if text else frozenset()
+        floats = [tensor.name for tensor in self.outputs if tensor.data_type == "TYPE_FP32"]
+        if not names <= set(floats):
+            raise RequestError(f"{HALVED}: found {text!r}; expected names of outputs of FP32, of {floats}")
+        return names
 
     def _answer(self, jobs: Sequence[Job], watch: Stopwatch) -> list[tuple[int, Any]]:
         try:
@@ -224,18 +241,23 @@ class TritonPythonModel:
                 return [answer for job in jobs for answer in self._answer([job], watch)]
             self._count(jobs, "failed", error)
             return [(jobs[0].index, failure(f"ONNX Runtime failed: {error}", pb_utils.TritonError.INTERNAL))]
-        self._count(jobs, "answered")
-        answers = []
-        start = 0
+        answers, answered, start = [], [], 0
         for job in jobs:
             stop = start + job.rows
-            tensors = [
-                pb_utils.Tensor(name, array[start:stop] if self.batched else array)
-                for name, array in outputs.items()
-                if name in job.wanted
-            ]
-            answers.append((job.index, pb_utils.InferenceResponse(output_tensors=tensors)))
+            try:
+                tensors = [
+                    pb_utils.Tensor(name, sent(array[start:stop] if self.batched else array, name in job.halved))
+                    for name, array in outputs.items()
+                    if name in job.wanted
+                ]
+            except OutputError as error:
+                self._count([job], "failed", error)
+                answers.append((job.index, failure(str(error), pb_utils.TritonError.INTERNAL)))
+            else:
+                answers.append((job.index, pb_utils.InferenceResponse(output_tensors=tensors)))
+                answered.append(job)
             start = stop
+        self._count(answered, "answered")
         return answers
 
     def _count(self, jobs: Sequence[Job], outcome: str, error: Exception | None = None) -> None:
@@ -373,6 +395,21 @@ def check_input(tensor: Tensor, array: Array, batched: bool) -> Array:
         where = f"row {place[0]}, position {place[1:]}" if batched else f"position {place}"
         raise RequestError(f"{tensor.name}: {array[tuple(place)]} at {where}; every value must be finite")
     return array
+
+
+def sent(array: Array, halved: bool) -> Array:
+    """An output as a request wants it.
+
+    Raises:
+        OutputError: a number is too large for 16 bits.
+    """
+    if not halved:
+        return array
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise OutputError(f"{HALVED}: a number of the output is beyond the 16-bit floats' 65,504")
+    return half
 
 
 def check_output(tensor: Tensor, array: Array, rows: int | None) -> Array:
