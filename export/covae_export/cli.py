@@ -20,6 +20,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="folder of a trained run")],
     repository: Annotated[Path, typer.Option(help="Triton model repository to publish in")] = Path("model_repository"),
     name: Annotated[str | None, typer.Option(help="the model's name on the server  [the folder's name]")] = None,
+    operations: Annotated[
+        str | None, typer.Option(help="these alone, with commas between, as sample,score  [all that the model can do]")
+    ] = None,
     score_samples: Annotated[
         int | None, typer.Option(min=1, max=1000, help="importance weights per call of score  [10 up to 64x64]")
     ] = None,
@@ -59,6 +62,7 @@ def export(
             load_run(run),
             repository,
             name,
+            operations=operations.split(",") if operations else (),
             score_samples=score_samples,
             draw_samples=draw_samples,
             deployment=Deployment(max_batch_size, instances, instance_kind, threads, max_queue_size),

@@ -68,6 +68,7 @@ def export_run(
     repository: Path,
     name: str | None = None,
     *,
+    operations: Sequence[str] = (),
     score_samples: int | None = None,
     draw_samples: int = DRAW_SAMPLES,
     deployment: Deployment | None = None,
@@ -76,14 +77,16 @@ def export_run(
 ) -> Exported:
     """Export a run as the next version of the model `name` (by default the run's folder's name).
 
+    operations: these alone, none for all that the model can do; each takes disk and a process's memory where it is
+    served.
     jobs: operations at a time, each in a process of its own; None: as many as there are cores, MOST_JOBS at most.
 
     The graphs of the operations that the model can do are written and checked in a hidden folder of the repository,
     then moved into place: a failure leaves the repository as it was, and a version that is there is never changed.
 
     Raises:
-        InvalidArgument: `name` cannot name a Triton model, or the repository has operations of that name that this
-            run's model cannot do.
+        InvalidArgument: `name` cannot name a Triton model, the model cannot do one of `operations`, or the repository
+            has operations of that name that this export would leave behind.
         ExportError: a graph cannot be exported or disagrees with torch.
     """
     name = name or run.run_id
@@ -91,29 +94,42 @@ def export_run(
         raise InvalidArgument(f"name: found {name!r}; expected letters, digits, '.', '_' and '-', as digits-sos-vae")
     deployment = deployment or Deployment()
     spec = describe(run, score_samples or default_score_samples(run.config.image_shape), draw_samples)
-    operations = [OPERATIONS[operation] for operation in spec.operations]
+    spec = replace(spec, operations=chosen_operations(spec, operations))
     left = find_leftovers(repository, name, spec)
     if left:
         raise InvalidArgument(
-            f"name: found {name!r}, of which {repository} has {', '.join(left)}, which a model of {spec.family} cannot "
-            "do; choose another --name, or remove what is there of this one"
+            f"name: found {name!r}, of which {repository} has {', '.join(left)}, which this export of "
+            f"{', '.join(spec.operations)} would leave behind; choose another --name, or remove what is there of it"
         )
+    wanted = [OPERATIONS[operation] for operation in spec.operations]
     staging = _staging_folder(repository)
     try:
         disagreements = []
         stage = partial(_stage, run.model, name, spec, deployment, staging)
-        for operation, found in _each(stage, operations, jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))):
+        for operation, found in _each(stage, wanted, jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))):
             on_operation(operation)
             disagreements += found()
         refuse_unacceptable(disagreements)
         version = _next_version(repository, name)
-        for operation in operations:
+        for operation in wanted:
             _publish(staging / operation.name, repository / served_name(name, operation.name), version)
     except OSError as error:
         raise ExportError(f"{repository}: cannot publish {name}: {error}") from error
     finally:
         shutil.rmtree(staging)
     return Exported(name, version, repository, disagreements)
+
+
+def chosen_operations(spec: ModelSpec, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of a model's operations that have these names, in its order; all of them where there are no names.
+
+    Raises:
+        InvalidArgument: it has no operation of a name.
+    """
+    unknown = [name for name in names if name not in spec.operations]
+    if unknown:
+        raise InvalidArgument(f"--operations: found {unknown[0]!r}; expected some of {', '.join(spec.operations)}")
+    return tuple(name for name in spec.operations if not names or name in names)
 
 
 def find_leftovers(repository: Path, name: str, spec: ModelSpec) -> list[str]:

@@ -106,7 +106,7 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused_and_the_repository_s
     (tmp_path / "other_encode" / "config.pbtxt").write_text('name: "other_encode"')
     before = snapshot(tmp_path)
     with pytest.raises(ExportError, match="encode: latent_mean of a row differs between batches of 3 and 17"):
-        export_run(run, tmp_path)
+        export_run(run, tmp_path, operations=["encode"])
     assert snapshot(tmp_path) == before
 
 
@@ -195,15 +195,23 @@ def test_the_deployment_is_written_into_every_configuration(repository):
 
 @pytest.mark.slow
 def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, repository, tmp_path):
-    copied = tmp_path / "repository"
-    shutil.copytree(repository, copied)
+    copied, chosen = tmp_path / "repository", ("encode", "score")
+    for entry in (*(served_name("beta-vae", operation) for operation in chosen), "sos-vae_encode"):
+        shutil.copytree(repository / entry, copied / entry)
     before, seen = snapshot(copied), []
     deployment = Deployment(max_batch_size=5)
-    second = export_run(runs["beta-vae"], copied, score_samples=3, deployment=deployment, on_operation=seen.append)
+    second = export_run(
+        runs["beta-vae"],
+        copied,
+        operations=chosen[::-1],
+        score_samples=3,
+        deployment=deployment,
+        on_operation=seen.append,
+    )
     after = snapshot(copied)
     assert second.version == 2
-    assert [operation.name for operation in seen] == list(OPERATIONS)
-    entries = {operation: served_name("beta-vae", operation) for operation in OPERATIONS}
+    assert [operation.name for operation in seen] == list(chosen)
+    entries = {operation: served_name("beta-vae", operation) for operation in chosen}
     configs = {f"{entry}/config.pbtxt" for entry in entries.values()}
     assert all(after[path] == content for path, content in before.items() if path not in configs)
     added = {f"{entry}/2{file}" for entry in entries.values() for file in ("", "/model.onnx")}
@@ -212,8 +220,9 @@ def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, reposi
         config = read_config(copied / entry / "config.pbtxt")
         wanted = 5 if operation != "score" else config.max_batch_size
         assert (config.max_batch_size, config.version_policy.latest.num_versions) == (wanted, 1)
-        assert json.loads(config.parameters["score_samples"].string_value) == 3
-    assert {item.operation.name for item in second.disagreements} == set(OPERATIONS)
+        spec = ModelSpec.from_config(config)
+        assert (spec.score_samples, spec.operations) == (3, chosen)
+    assert {item.operation.name for item in second.disagreements} == set(chosen)
     assert all(item.acceptable for item in second.disagreements)
 
 
@@ -223,6 +232,15 @@ def test_a_name_with_operations_that_the_model_cannot_do_is_refused(runs, tmp_pa
     assert find_leftovers(tmp_path, "shared", describe(run, 4, 3)) == []
     without_latents = replace(describe(run, 4, 3), operations=("sample", "draw", "score"))
     assert find_leftovers(tmp_path, "shared", without_latents) == [served_name("shared", "decode")]
+
+
+def test_operations_that_a_model_has_not_or_that_would_stay_behind_are_refused(runs, tmp_path):
+    with pytest.raises(InvalidArgument, match="--operations: found 'paint'; expected some of decode, encode, sample"):
+        export_run(runs["beta-vae"], tmp_path, operations=["sample", "paint"])
+    (tmp_path / served_name("beta-vae", "decode")).mkdir()
+    with pytest.raises(InvalidArgument, match="has beta-vae_decode, which this export of encode, sample would leave"):
+        export_run(runs["beta-vae"], tmp_path, operations=["sample", "encode"])
+    assert [path.name for path in tmp_path.iterdir()] == ["beta-vae_decode"]
 
 
 class WrongWhenExported(torch.nn.Module):
@@ -245,7 +263,7 @@ def test_graphs_that_disagree_with_torch_leave_the_repository_as_it_was(run_fold
     (entry / "1" / "model.onnx").write_bytes(b"an earlier version")
     before = snapshot(tmp_path)
     with pytest.raises(ExportError, match=r"nothing was published: decode\.mean: .*score\.log_weight: "):
-        export_run(run, tmp_path, "toy", jobs=1)
+        export_run(run, tmp_path, "toy", operations=["decode", "score"], jobs=1)
     assert snapshot(tmp_path) == before
 
 
@@ -262,5 +280,5 @@ def test_a_process_that_dies_is_told_and_nothing_is_published(run_folders, tmp_p
     run = load_run(run_folders["beta-vae"])
     run.model.head.mean = Dies()
     with pytest.raises(ExportError, match=r"a process died while it exported an operation.* try --jobs 1"):
-        export_run(run, tmp_path, "toy", jobs=2)
+        export_run(run, tmp_path, "toy", operations=["sample", "decode"], jobs=2)
     assert list(tmp_path.iterdir()) == []

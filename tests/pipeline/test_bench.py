@@ -81,6 +81,7 @@ def test_scaling_measures_every_size_in_time_and_memory(tmp_path, monkeypatch):
     for name, value in {
         "BASE": (16, 16, 1), "SHARES": (0.1, 0.5, 1.0), "BATCHES": (1, 2, 8), "CLIENTS": (1, 2, 4), "CLIENTS_S": 0.2,
         "by_side": scaling.by_batch, "by_rank": scaling.by_mask,
+        "WIDTHS": {"widths": (8, 16), "latent_size": 4},
     }.items():  # fmt: skip
         monkeypatch.setattr(scaling, name, value)
     assert [point.image_shape for point in by_side()] == [(side, side, 3) for side in scaling.SIDES]

@@ -52,7 +52,7 @@ def test_a_folder_of_colour_pictures_of_odd_size_goes_all_the_way(covae, tmp_pat
     small = ("--widths", "8,12,16", "--latent-size", 4, "--batch-size", 20, "--epochs", 2, "--mean-epochs", 1)
 
     succeed(covae("train", "sos-vae", "--data", "blobs", *small))
-    succeed(covae("export", "runs/blobs-sos-vae", "--name", "blobs"))
+    succeed(covae("export", "runs/blobs-sos-vae", "--name", "blobs", "--operations", "sample,decode,condition,score"))
 
     with serving(tmp_path / "model_repository", "blobs", ["sample", "decode", "condition", "score"]) as blobs:
         assert blobs.spec.image_shape == (HEIGHT, WIDTH, 3)
@@ -103,7 +103,7 @@ def test_faces_from_a_parquet_file_at_64_by_64(covae, tmp_path):
     )
 
     succeed(covae("train", "sos-vae", "--data", "celeba", *small, COVAE_DATA=str(tmp_path / "data")))
-    succeed(covae("export", "runs/celeba-sos-vae", "--score-samples", 2))
+    succeed(covae("export", "runs/celeba-sos-vae", "--operations", "sample,decode"))
 
     with serving(tmp_path / "model_repository", "celeba-sos-vae", ["sample", "decode"]) as faces:
         assert faces.spec.image_shape == (64, 64, 3)

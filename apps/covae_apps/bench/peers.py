@@ -69,7 +69,7 @@ def run_peers(
     omitted: dict[str, str] = {}
     with (
         untrained_repository([FAMILY, PLAIN], image_shape, ["sample", "decode"], threads) as repository,
-        Service(repository, [FAMILY], ["sample", "decode"], grpc_port=0, timing=UNDISTURBED) as service,
+        Service(repository, [FAMILY], ["sample"], grpc_port=0, timing=UNDISTURBED) as service,
         Client(service.grpc_address) as client,
     ):
         model, session = client.model(FAMILY), session_like(repository, FAMILY)
@@ -82,10 +82,7 @@ def run_peers(
         else:
             omitted["LitServe"] = "it is not installed (`pip install litserve`)"
         rows += structured(repository, session, repeats)
-        latents = model.latents(BATCHES[-1])
-        whole, half = (case(str(half), partial(model.decode, latents, half=half)) for half in (False, True))
-        name = f"batch {BATCHES[-1]}, decode with the factor as 16-bit floats, beside 32"
-        rows.append(compared(name, half, whole, repeats, HALVED))
+    rows.append(halved(image_shape, threads, repeats))
     record = {
         "machine": facts,
         "settings": {"image_shape": image_shape, "repeats": repeats, "threads": threads},
@@ -247,6 +244,21 @@ def beside_litserve(
     name = f"{CLIENTS} clients, one image each, beside LitServe's; an image"
     medians = 1e3 * float(np.median(first)), 1e3 * float(np.median(second))
     return [Row(name, *medians, ratio(first, second), LITSERVE), alone]
+
+
+def halved(image_shape: tuple[int, int, int], threads: int, repeats: int) -> Row:
+    """Densities whose factor comes as 16-bit floats, beside whole ones; with the paper's objective, whose untrained
+    factors are about as large as trained ones."""
+    with (
+        untrained_repository([FAMILY], image_shape, ["decode"], threads, objective="paper") as repository,
+        Service(repository, grpc_port=0, timing=UNDISTURBED) as service,
+        Client(service.grpc_address) as client,
+    ):
+        model = client.model(FAMILY)
+        latents = model.latents(BATCHES[-1])
+        whole, half = (case(str(half), partial(model.decode, latents, half=half)) for half in (False, True))
+        name = f"batch {BATCHES[-1]}, decode with the factor as 16-bit floats, beside 32"
+        return compared(name, half, whole, repeats, HALVED)
 
 
 def structured(repository: Path, session: onnxruntime.InferenceSession, repeats: int) -> list[Row]:

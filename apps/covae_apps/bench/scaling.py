@@ -39,10 +39,11 @@ from covae_export.graphs import build_graph
 from covae_serving.service import Service
 
 NAME = "scaling"
-SIDES, RANKS, SHARES = (28, 64, 128, 256), (1, 5, 25, 100), (0.01, 0.1, 0.5, 1.0)
+SIDES, RANKS, SHARES = (32, 64, 128, 256), (1, 5, 25, 100), (0.01, 0.1, 0.5, 1.0)
 BATCHES, CLIENTS = (1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32, 64)
 BASE, ROWS = (64, 64, 3), 4
 CLIENTS_S = 4.0
+WIDTHS: dict[str, Any] = {"widths": (64, 128, 256, 512), "latent_size": 128}
 # A rate is as good as the highest from this share of it on: there lies the knee.
 NEARLY = 0.9
 
@@ -98,7 +99,7 @@ class Point:
 
     size: float
     image_shape: tuple[int, int, int] = BASE
-    rank: int | None = None
+    rank: int = 25
     operation: str = "sample"
     rows: int = ROWS
     share: float = 0.0
@@ -106,7 +107,7 @@ class Point:
 
 def by_side() -> list[Point]:
     """Square RGB images."""
-    return [Point(3.0 * side * side, (side, side, 3), rank=25) for side in SIDES]
+    return [Point(3.0 * side * side, (side, side, 3)) for side in SIDES]
 
 
 def by_rank() -> list[Point]:
@@ -139,8 +140,8 @@ def in_process(title: str, points: Sequence[Point], place: Path, repeats: int, t
 
 def prepared(point: Point, place: Path) -> tuple[Path, Feeds]:
     """The graph of a point, written once, and what it is fed."""
-    options: dict[str, Any] = {} if point.rank is None else {"rank": point.rank}
-    model, spec = untrained(point.image_shape, 1, 1, **options)
+    # A family's own widths follow the image's size; here nothing but one size varies.
+    model, spec = untrained(point.image_shape, 1, 1, rank=point.rank, **WIDTHS)
     path = place / f"{point.operation}-{'x'.join(map(str, point.image_shape))}-{point.rank}.onnx"
     if not path.exists():
         convert(build_graph(OPERATIONS[point.operation], model, spec), path)
@@ -194,7 +195,7 @@ def knee(sizes: Sequence[float], ms: Sequence[float], rates: bool) -> float:
         return float(x[np.argmax(rate >= NEARLY * rate.max())])
     # Relative least squares: of the smallest sizes as much as of the largest.
     (fixed, growing), *_ = np.linalg.lstsq(np.stack([1 / y, x / y], 1), np.ones_like(y), rcond=None)
-    return float(max(fixed, 0.0) / growing) if growing > 0 else float("inf")
+    return float(max(fixed, 0.0) / growing) if growing > 0 else 1e300
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
@@ -203,7 +204,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     for item in record["curves"]:
         low, high = item["interval"]
         exponent = f"{item['exponent']:.2f} ({low:.2f} to {high:.2f})"
-        summary.append([item["title"], exponent, f"{item['steepest']:.2f}", f"{item['knee']:,.0f}"])
+        summary.append([item["title"], exponent, f"{item['steepest']:.2f}", _shown_knee(item)])
         cells = zip(item["sizes"], item["ms"], item["memory_mb"], strict=True)
         parts.append(
             markdown(
@@ -224,6 +225,13 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     )
 
 
+def _shown_knee(item: Mapping[str, Any]) -> str:
+    least, most = item["sizes"][0], item["sizes"][-1]
+    if item["knee"] < least:
+        return f"below {least:,.0f}"
+    return f"beyond {most:,.0f}" if item["knee"] > most else f"{item['knee']:,.0f}"
+
+
 def draw_plot(record: Mapping[str, Any], path: Path) -> None:
     """Times and memory over each size, both axes logarithmic."""
     curves = record["curves"]
@@ -232,7 +240,8 @@ def draw_plot(record: Mapping[str, Any], path: Path) -> None:
         for axis, item in zip(figure.subplots(1, len(curves)), curves, strict=True):
             axis.loglog(item["sizes"], item["ms"], "o-", color=COLOURS[0], label="ms", ms=3)
             axis.loglog(item["sizes"], item["memory_mb"], "s--", color=COLOURS[1], label="MB", ms=3)
-            axis.axvline(item["knee"], color="#8a8f98", lw=0.8, ls=":")
+            if item["sizes"][0] <= item["knee"] <= item["sizes"][-1]:
+                axis.axvline(item["knee"], color="#8a8f98", lw=0.8, ls=":")
             title = item["title"].partition(",")[0].partition(";")[0]
             axis.set_title(f"{title}\nms ∝ size^{item['exponent']:.2f}", fontsize=8)
         figure.axes[0].legend(frameon=False, fontsize=8)

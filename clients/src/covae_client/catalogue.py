@@ -81,6 +81,19 @@ def find_endpoint(name: str, operation: str, spec: ModelSpec) -> Steps[Endpoint 
     return endpoint(name, operation, spec, config)
 
 
+def find_digest(name: str, operations: Sequence[str]) -> Steps[str]:
+    """The digest of the training run that a server now has of a model, by the first of its operations that it serves.
+
+    Raises:
+        NotFound: it serves none of them.
+    """
+    for operation in operations:
+        config = yield from find_config(name, operation)
+        if config is not None:
+            return ModelSpec.from_config(config).run_digest
+    raise NotFound(f"{name}: the server no longer serves any operation of it")
+
+
 def find_config(name: str, operation: str) -> Steps[Any]:
     """The config of one operation; None if it is not served: readiness says so without an error."""
     served = served_name(name, operation)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from covae_client.batch_cli import app as batch_app
 from covae_client.errors import CovaeError, InvalidArgument
 
 COMMAND_GROUP = "covae.commands"
@@ -338,6 +339,9 @@ def score(
             _print_error(message)
     if failed:
         raise typer.Exit(1)
+
+
+app.add_typer(batch_app, name="batch")
 
 
 def main() -> None:

@@ -1,0 +1,70 @@
+"""A job's shards on a Ray cluster that is there: one task each, made again wherever a node dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from covae_client.batch.engine import Event, Job, Status, open_job
+from covae_client.errors import InvalidArgument
+
+# Tasks that wait for each core, so that none idles while this program looks.
+AHEAD = 2
+
+
+def run_on_ray(
+    job: Job,
+    *,
+    threads: int = 1,
+    metrics: Any = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Status:
+    """As `Job.run`, on the cluster that RAY_ADDRESS or this machine's Ray names; every node must reach the job's folder
+    and its server. threads: cores that a shard takes of the cluster.
+
+    Raises:
+        InvalidArgument: Ray is not installed, or there is no cluster. JobError, ServerError, StoreError: as `Job.run`.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise InvalidArgument("--engine ray: ray is not installed here; run `pip install ray`") from error
+    try:
+        ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
+    except ConnectionError as error:
+        raise InvalidArgument(
+            "--engine ray: found no running cluster; start one with `ray start --head`, or name it in RAY_ADDRESS"
+        ) from error
+    # Ray calls a task again where its node has died; a shard that is there is left alone.
+    task = ray.remote(num_cpus=threads, max_retries=-1)(_shard)
+    missing = list(job.status().missing)
+    running: list[Any] = []
+    most = max(1, AHEAD * int(ray.cluster_resources().get("CPU", 1)) // threads)
+    try:
+        while missing or running:
+            while missing and len(running) < most:
+                running.append(task.remote(job.store.url, job.server, missing.pop(0)))
+            finished, running = ray.wait(running)
+            for result in finished:
+                try:
+                    event = ray.get(result)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.as_instanceof_cause() from None
+                if event is not None:
+                    on_event(Event(**event))
+    finally:
+        for result in running:
+            ray.cancel(result, force=True)
+        ray.shutdown()
+    return job.run(metrics=metrics)
+
+
+def _shard(url: str, server: str, shard: int) -> dict[str, Any] | None:
+    from dataclasses import asdict
+
+    job = open_job(url, server)
+    if job.store.exists(job.specification.name(shard)):
+        return None
+    inputs = job.inputs() if job.specification.inputs else None
+    with job.model() as model:
+        return asdict(job.make_shard(model, inputs, shard, job.refuse_cancelled))

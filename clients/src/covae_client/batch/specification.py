@@ -1,0 +1,100 @@
+"""What a job is: which rows of which model, in which shards. It never changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import ceil
+from typing import Any
+
+from covae_client.errors import InvalidArgument
+
+FILE = "job.json"
+VERSION = 1
+FORMATS = {"parquet": "parquet", "webdataset": "tar"}
+OPERATIONS = ("generate", "score", "edit")
+
+
+@dataclass(frozen=True)
+class Specification:
+    """A job, as `job.json` holds it.
+
+    operation: generate, score or edit. model, run_id, run_digest: the served model, and the training run that it must
+    be. image_shape: (H, W, C). count: rows in all; shard_size: rows of each shard but the last. format: parquet or
+    webdataset. options: of the operation. inputs: what is scored, or the edits, with a digest of their names and sizes.
+    """
+
+    operation: str
+    model: str
+    run_id: str
+    run_digest: str
+    image_shape: tuple[int, int, int]
+    count: int
+    shard_size: int
+    format: str
+    options: Mapping[str, Any]
+    inputs: tuple[str, ...] = ()
+    inputs_digest: str = ""
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        for name, found, wanted in (
+            ("version", self.version, (VERSION,)),
+            ("operation", self.operation, OPERATIONS),
+            ("format", self.format, tuple(FORMATS)),
+        ):
+            if found not in wanted:
+                raise InvalidArgument(f"{name}: found {found!r}; expected {' or '.join(map(str, wanted))}")
+        for name in ("count", "shard_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InvalidArgument(f"{name}: found {getattr(self, name)!r}; expected a whole number from 1 on")
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return ceil(self.count / self.shard_size)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the specification, which every shard carries."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def rows(self, shard: int) -> range:
+        """The indices of a shard's rows."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+
+    def name(self, shard: int) -> str:
+        """A shard's file."""
+        return f"data/part-{shard:05d}-of-{self.shards:05d}.{FORMATS[self.format]}"
+
+    def key(self, index: int) -> str:
+        """A row's name, of one width, so that names sort as rows do."""
+        return f"{index:0{len(str(self.count - 1))}d}"
+
+    def to_json(self) -> str:
+        """As `job.json` holds it."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Specification:
+        """Read it back.
+
+        Raises:
+            InvalidArgument: it is no specification of this version.
+        """
+        try:
+            values = json.loads(text)
+            known = {field.name for field in fields(cls)}
+            if not isinstance(values, dict) or set(values) != known:
+                raise InvalidArgument(f"{FILE}: found {sorted(values)}; expected {sorted(known)}")
+            shape = tuple(int(size) for size in values["image_shape"])
+            return cls(**{**values, "image_shape": shape, "inputs": tuple(values["inputs"])})
+        except (ValueError, TypeError) as error:
+            raise InvalidArgument(f"{FILE}: this is no job of version {VERSION}: {error}") from error
+
+    def differences(self, other: Specification) -> str:
+        """What another has that this has not, in words."""
+        ours, theirs = asdict(self), asdict(other)
+        return ", ".join(f"{name} {ours[name]!r}, not {theirs[name]!r}" for name in ours if ours[name] != theirs[name])

@@ -1,0 +1,131 @@
+"""The rows of one shard, made by a served model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covae_client.batch.inputs import Inputs
+from covae_client.batch.shards import SCORES, Rows, number
+from covae_client.batch.specification import Specification
+from covae_client.errors import ImageFileError
+from covae_client.model import BeyondReach, Model
+from covae_client.scored_files import printable
+from covae_core.images import fit_image, load_edit, open_image
+
+# Rows that a worker asks for at a time: four requests in flight.
+BLOCK = 256
+SCORED_BLOCK = 32
+
+Check = Callable[[], None]
+
+
+def make(job: Specification, model: Model, inputs: Inputs | None, shard: int, check: Check) -> Rows:
+    """The rows of a shard. check: called between blocks; what it raises ends the work.
+
+    Raises:
+        ServerError: the server does not do it.
+    """
+    if job.operation == "generate":
+        return _generated(job, model, job.rows(shard), check)
+    assert inputs is not None
+    if job.operation == "score":
+        return _scored(job, model, inputs, job.rows(shard), check)
+    return _edited(job, model, inputs, job.rows(shard), check)
+
+
+def _blocks(rows: range, size: int, check: Check) -> Iterator[range]:
+    for start in range(rows.start, rows.stop, size):
+        check()
+        yield range(start, min(start + size, rows.stop))
+
+
+def _generated(job: Specification, model: Model, rows: range, check: Check) -> Rows:
+    seed, noise_seed = job.options["seed"], job.options["noise_seed"]
+    found, images = Rows(), []
+    for block in _blocks(rows, BLOCK, check):
+        images.append(model.sample(len(block), seed=seed, noise_seed=noise_seed, start=block.start))
+        seeds = {"seed": seed, "noise_seed": seed if noise_seed is None else noise_seed}
+        found.values += [{"index": index, **seeds} for index in block]
+    found.images = np.concatenate(images)
+    if job.options["score"]:
+        for block in _blocks(range(len(rows)), SCORED_BLOCK, check):
+            for row, scores in zip(block, _scores(job, model, found.images[block.start : block.stop]), strict=True):
+                found.values[row] |= scores
+    return found
+
+
+def _scores(job: Specification, model: Model, images: NDArray[np.uint8]) -> Iterator[dict[str, float | None]]:
+    scores = model.score(images, num_samples=job.options["num_samples"], seed=job.options["seed"])
+    for row in range(len(images)):
+        yield {name: number(getattr(scores, name)[row]) for name in SCORES}
+
+
+def _scored(job: Specification, model: Model, inputs: Inputs, rows: range, check: Check) -> Rows:
+    found = Rows()
+    for block in _blocks(rows, SCORED_BLOCK, check):
+        images, names = {}, {}
+        for index, (name, content) in zip(block, inputs.read(block), strict=True):
+            names[index] = printable(name)
+            try:
+                if isinstance(content, ImageFileError):
+                    raise content
+                images[index] = fit_image(open_image(content, name), model.spec.image_shape)
+            except ImageFileError as error:
+                found.rejects.append({"index": index, "file": names[index], "error": printable(str(error))})
+        if images:
+            scores = _scores(job, model, np.stack(list(images.values())))
+            found.values += [
+                {"index": index, "file": names[index], **values} for index, values in zip(images, scores, strict=True)
+            ]
+    return found
+
+
+def _edited(job: Specification, model: Model, inputs: Inputs, rows: range, check: Check) -> Rows:
+    """Row i is draw i mod samples of edit i // samples, the same as `covae edit` draws of it."""
+    samples, start = job.options["samples"], job.options["index"]
+    latent = _latent(model, job.options["seed"], start)
+    found, images = Rows(), []
+    for edit in range(rows.start // samples, (rows.stop - 1) // samples + 1):
+        check()
+        ((name, content),) = inputs.read(range(edit, edit + 1))
+        name = printable(name)
+        inside = range(max(rows.start, edit * samples), min(rows.stop, (edit + 1) * samples))
+        try:
+            if isinstance(content, ImageFileError):
+                raise content
+            mask, pixels = load_edit(content, model.spec.image_shape, name)
+        except ImageFileError as error:
+            found.rejects += [{"index": index, "file": name, "error": printable(str(error))} for index in inside]
+            continue
+        softness = np.full(len(inside), job.options["softness"], np.float32)
+        first = inside.start - edit * samples
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BeyondReach)  # each row says how far it is
+            result = model.condition(
+                latent, mask, pixels, softness=softness, seed=job.options["noise_seed"], start=start + first
+            )
+        images.append(result.sample)
+        found.values += [
+            {
+                "index": index,
+                "edit": name,
+                "sample": first + row,
+                "distance": number(result.distance[row]),
+                "tail": number(result.tail[row]),
+            }
+            for row, index in enumerate(inside)
+        ]
+    found.images = np.concatenate(images) if images else None
+    return found
+
+
+def _latent(model: Model, seed: int, index: int) -> Any:
+    if not model.spec.latents:
+        return None
+    drawn = model.latents(1, seed=seed, start=index)
+    return {name: item[0] for name, item in drawn.items()} if isinstance(drawn, dict) else drawn[0]
