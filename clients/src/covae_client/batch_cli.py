@@ -224,12 +224,12 @@ def verify(
     from covae_client.batch.engine import open_job
 
     job = open_job(folder, server)
+    there = job.specification.shards - len(job.status().missing)
     faults = job.verify(regenerate)
     for fault in faults:
         typer.echo(json.dumps(asdict(fault)) if as_json else f"{fault.name}: {fault.problem}", err=not as_json)
         if discard:
             job.store.remove(fault.name)
-    there = job.specification.shards - len(job.status().missing)
     if faults:
         then = f"`covae batch resume {folder}` makes them again" if discard else "--discard removes them"
         typer.echo(f"{len(faults)} of {there} shards are wrong; {then}", err=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from covae_client.errors import InvalidArgument, ServerError
@@ -92,16 +92,57 @@ class RequestMetrics:
                 self._received.labels(*labels).inc(rows * endpoint.answer_row_bytes)
 
 
+class BatchMetrics:
+    """Prometheus metrics of batch jobs, by model and operation (generate, score, edit).
+
+    covae_batch_shards_total, covae_batch_rows_total, covae_batch_rejects_total{model, operation}: put into place by
+        this worker: shards, their rows, and the inputs that were refused
+    """
+
+    def __init__(self, registry: Any) -> None:
+        from prometheus_client import Counter
+
+        self._counters = [
+            Counter(f"covae_batch_{name}_total", text, ("model", "operation"), registry=registry)
+            for name, text in (
+                ("shards", "Shards that this worker put into place"),
+                ("rows", "Their rows"),
+                ("rejects", "Inputs that were refused"),
+            )
+        ]
+
+    def count(self, model: str, operation: str, rows: int, rejects: int) -> None:
+        """One more shard."""
+        for counter, number in zip(self._counters, (1, rows, rejects), strict=True):
+            counter.labels(model, operation).inc(number)
+
+
 _REGISTERING = Lock()
-_OF_REGISTRY: WeakKeyDictionary[Any, RequestMetrics] = WeakKeyDictionary()
+_OF_REGISTRY: WeakKeyDictionary[Any, dict[type, Any]] = WeakKeyDictionary()
 
 
 def metrics_in(registry: Any) -> RequestMetrics:
-    """The metrics in a registry of prometheus_client's; all clients of a registry share them.
+    """The metrics of requests in a registry of prometheus_client's; all clients of a registry share them.
 
     Raises:
         InvalidArgument: it is no registry, or prometheus_client is not installed.
     """
+    return _metrics_in(registry, RequestMetrics)
+
+
+def batch_metrics_in(registry: Any) -> BatchMetrics:
+    """The metrics of batch jobs in a registry of prometheus_client's; all jobs of a registry share them.
+
+    Raises:
+        InvalidArgument: it is no registry, or prometheus_client is not installed.
+    """
+    return _metrics_in(registry, BatchMetrics)
+
+
+Metrics = TypeVar("Metrics", RequestMetrics, BatchMetrics)
+
+
+def _metrics_in(registry: Any, kind: type[Metrics]) -> Metrics:
     try:
         from prometheus_client import CollectorRegistry
     except ModuleNotFoundError as error:
@@ -109,9 +150,11 @@ def metrics_in(registry: Any) -> RequestMetrics:
     if not isinstance(registry, CollectorRegistry):
         raise InvalidArgument(f"metrics: found {registry!r}, expected a prometheus_client.CollectorRegistry")
     with _REGISTERING:
-        if registry not in _OF_REGISTRY:
-            _OF_REGISTRY[registry] = RequestMetrics(registry)
-        return _OF_REGISTRY[registry]
+        known = _OF_REGISTRY.setdefault(registry, {})
+        if kind not in known:
+            known[kind] = kind(registry)
+        found: Metrics = known[kind]
+        return found
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from covae_client.batch.store import Store
 from covae_client.batch.work import make
 from covae_client.client import DEFAULT_ADDRESS, Client
 from covae_client.errors import CovaeError, InvalidArgument
+from covae_client.metrics import batch_metrics_in
 from covae_client.model import Model
 from covae_client.retry import Retry, Timeout
 
@@ -140,10 +141,17 @@ class Job:
         status = self.status()
         self.refuse_cancelled()
         inputs = self.inputs() if job.inputs and status.missing else None
+        counter = None if metrics is None else batch_metrics_in(metrics)
+
+        def tell(event: Event) -> None:
+            if counter is not None and event.kind == "done":
+                counter.count(job.model, job.operation, event.rows, event.rejects)
+            on_event(event)
+
         first = job.shards * worker // workers
         order = sorted(status.missing, key=lambda shard: (shard - first) % job.shards)
         if order:
-            self._make_all(order, inputs, threads, metrics, on_event, stop or Flag())
+            self._make_all(order, inputs, threads, metrics, tell, stop or Flag())
         status = self.status()
         if status.done:
             card.write(self.store, job)

@@ -42,7 +42,8 @@ def verify(job: Job, regenerate: int = 1) -> list[Fault]:
         try:
             from_bytes(job.specification, shard, job.store.read(job.specification.name(shard)))
         except ShardError as error:
-            faults.append(Fault(shard, job.specification.name(shard), str(error)))
+            name = job.specification.name(shard)
+            faults.append(Fault(shard, name, str(error).removeprefix(f"{name}: ")))
     broken = {fault.shard for fault in faults}
     chosen = _spread([shard for shard in there if shard not in broken], regenerate)
     return sorted([*faults, *_made_again(job, chosen)], key=lambda fault: fault.shard)
