@@ -1,20 +1,22 @@
 """Timeouts and retries, without a server."""
 
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+import numpy as np
 import pytest
 
 from covae_client import Retry, Timeout
-from covae_client.errors import ConnectionFailed
-from covae_client.retry import with_retries
+from covae_client.errors import ConnectionFailed, ServerFault
+from covae_client.retry import Budget, with_retries
 from covae_core.errors import InvalidArgument
 
 
-@pytest.mark.parametrize("failures", range(1, 12))
-def test_waits_double_up_to_the_longest_and_are_spread(failures):
-    whole = min(0.1 * 2 ** (failures - 1), 2.0)
-    waits = [Retry().wait_s(failures) for _ in range(200)]
-    assert whole / 2 <= min(waits) < 0.6 * whole
+@pytest.mark.parametrize("failures", [1, 2, 3, 5, 8, 12, 5000])
+def test_waits_are_spread_from_nothing_to_a_doubling_most(failures):
+    whole = min(0.1 * 2 ** min(failures - 1, 50), 2.0)
+    waits = [Retry().wait_s(failures) for _ in range(300)]
+    assert 0 <= min(waits) < 0.1 * whole
     assert 0.9 * whole < max(waits) <= whole
 
 
@@ -44,10 +46,50 @@ def test_each_attempt_is_told_the_time_that_is_left():
     assert 9 >= left[0] > left[1] > left[2] > 8
 
 
-def test_by_default_a_model_has_two_seconds_to_heal():
-    retry = Retry()
-    least = [min(retry.wait_s(failures) for _ in range(100)) for failures in range(1, retry.attempts)]
-    assert sum(least) >= 2
+class Failing:
+    """A call that fails, and counts."""
+
+    def __init__(self, error):
+        self.error, self.calls, self.left = error, 0, []
+
+    def __call__(self, seconds):
+        self.calls += 1
+        self.left.append(seconds)
+        raise self.error
+
+
+def test_by_default_a_server_that_is_away_is_asked_for_as_long_as_a_request_may_take():
+    away = Failing(ConnectionFailed("away"))
+    with pytest.raises(ConnectionFailed):
+        with_retries(away, retry=Retry(longest_wait_s=0.2), request_s=1.5, stop=Event())
+    assert away.calls > 7
+    assert away.left[-1] < 0.5
+
+
+def test_by_default_a_failure_of_the_servers_own_is_not_asked_for_ever():
+    failing = Failing(ServerFault("it divides by nothing"))
+    with pytest.raises(ServerFault):
+        with_retries(failing, retry=Retry(first_wait_s=0, longest_wait_s=0), request_s=60, stop=Event())
+    assert failing.calls == 7
+
+
+def test_all_requests_of_a_client_share_what_may_be_asked_again():
+    budget = Budget()
+    waits = [budget.wait_s() for _ in range(30)]
+    assert waits[:8] == [0.0] * 8
+    steps = np.diff(waits[9:])
+    np.testing.assert_allclose(steps, 0.25, atol=0.05)
+
+    def ask():
+        failing = Failing(ConnectionFailed("away"))
+        with pytest.raises(ConnectionFailed):
+            with_retries(failing, retry=Retry(first_wait_s=0), request_s=1.0, stop=Event(), budget=shared)
+        return failing.calls
+
+    shared = Budget()
+    with ThreadPoolExecutor(16) as pool:
+        calls = sum(pool.map(lambda _: ask(), range(16)))
+    assert 16 + 8 <= calls <= 16 + 8 + 6  # each once, a burst, and one every quarter of a second
 
 
 def test_a_wait_beyond_the_deadline_is_not_begun():

@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.catalogue import find_model, list_models
+from covae_client.addresses import channel_options, target
+from covae_client.catalogue import find_digest, find_model, list_models
 from covae_client.client import DEFAULT_ADDRESS, checked_settings
 from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
 from covae_client.metrics import Requests
 from covae_client.model import BeyondReach, ModelBase, beyond_reach, least_softness
 from covae_client.plans import REACH, Call, Conditioned, Surprised
-from covae_client.retry import ASKED_AGAIN, Attempts, Retry, Timeout
+from covae_client.retry import ASKED_AGAIN, Attempts, Budget, Retry, Timeout
 from covae_client.scoring import Scores, judged
 from covae_client.transport import (
     CONNECT_POLL_S,
     MAX_IN_FLIGHT,
+    PROBE_S,
     Endpoint,
     Progress,
     Question,
     Settings,
     Steps,
     Tls,
-    channel_options,
     checked_output,
     credentials,
     empty_results,
@@ -189,6 +190,10 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         """As Model.run."""
         return await self._do(self._plans.anything(operation, arrays), progress)
 
+    async def served_digest(self) -> str:
+        """As Model.served_digest."""
+        return await self._transport.run(find_digest(self.name, tuple(self._endpoints)))
+
     async def _do(self, call: Call[Result], progress: Progress | None) -> Result:
         endpoint = self._endpoints.get(call.operation)
         if endpoint is None:
@@ -204,7 +209,8 @@ class AsyncTransport:
         self._triton: Any = None
         self._requests = Requests(settings.metrics, settings.tracer)
         self._connecting: asyncio.Lock | None = None
-        self._connected = self._closed = False
+        self._connected = self._closed = self._doubted = False
+        self._budget = Budget()
         self._attempts = 0
         self._failure: ServerError | None = None
 
@@ -274,12 +280,13 @@ class AsyncTransport:
         """
         await self._connect()
         retry = Retry(attempts=1) if question.once else self.settings.retry
-        attempts = Attempts(retry, self.settings.timeout.request_s, on_retry)
+        attempts = Attempts(retry, self.settings.timeout.request_s, self._budget, on_retry)
         while True:
             try:
+                await self._doubt(attempts.seconds_left)
                 return await self._attempt(question, attempts.seconds_left, **options)
-            except ASKED_AGAIN:
-                pause_s = attempts.pause_s()
+            except ASKED_AGAIN as error:
+                pause_s = attempts.pause_s(error)
                 if pause_s is None or self._closed:
                     raise
                 await asyncio.sleep(pause_s)
@@ -294,7 +301,35 @@ class AsyncTransport:
             told = {"headers": self.settings.headers, "client_timeout": max(seconds, 0.001), **options}
             return await method(*question.arguments, **told)
         except InferenceServerException as error:
-            raise translated(self.address, question.action, error) from error
+            found = translated(self.address, question.action, error)
+            self._doubted = self._doubted or isinstance(found, DeadlineExceeded)
+            raise found from error
+
+    async def _doubt(self, seconds: float) -> None:
+        """As Transport._doubt."""
+        if not self._doubted or self._connecting is None:
+            return
+        async with self._connecting:
+            if not self._doubted:
+                return
+            old = self._triton
+            try:
+                await old.is_server_live(client_timeout=max(0.001, min(PROBE_S, seconds / 2)))
+            except Exception:  # whatever it says, it is no answer
+                if not self._closed:
+                    self._triton = self._opened()
+                    await old.close()
+            self._doubted = False
+
+    def _opened(self) -> Any:
+        from tritonclient.grpc.aio import InferenceServerClient
+
+        tls = self.settings.tls
+        return InferenceServerClient(
+            target(self.address),
+            creds=None if tls is None else credentials(tls),
+            channel_args=channel_options(self.address),
+        )
 
     async def _connect(self) -> None:
         if self._closed:
@@ -309,14 +344,7 @@ class AsyncTransport:
                 raise type(self._failure)(str(self._failure))
             self._failure = None
             if self._triton is None:
-                from tritonclient.grpc.aio import InferenceServerClient
-
-                tls = self.settings.tls
-                self._triton = InferenceServerClient(
-                    self.address,
-                    creds=None if tls is None else credentials(tls),
-                    channel_args=channel_options(self.address),
-                )
+                self._triton = self._opened()
             if not self._connected:
                 try:
                     await self._wait_until_live()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+from covae_client.addresses import checked
 from covae_client.catalogue import find_model, list_models
 from covae_client.errors import InvalidArgument
 from covae_client.metrics import metrics_in
@@ -16,9 +17,7 @@ from covae_client.retry import Retry, Timeout
 from covae_client.transport import Settings, Tls, Transport
 
 DEFAULT_ADDRESS = "localhost:8001"
-# HOST:PORT, an IPv6 address in brackets; gRPC takes prefixes as dns:/// and ipv4:, and sockets as unix:PATH.
 HEADER = re.compile(r"[0-9a-z_.-]+")
-ADDRESS = re.compile(r"unix:\S+|(dns:///|dns:|ipv4:|ipv6:)?(\[[0-9A-Fa-f:.%]+\]|[^\s/:\[\]]+):[0-9]{1,5}")
 
 
 class Client:
@@ -29,7 +28,8 @@ class Client:
         with Client("localhost:8001", timeout=Timeout(connect_s=2, request_s=10)) as client:
             images = client.model("digits-sos-vae").sample(16, seed=0)
 
-    address: HOST:PORT of the server's gRPC endpoint; `dns:///HOST:PORT` spreads requests over all hosts of that name.
+    address: HOST:PORT of the server's gRPC endpoint, or several with commas between, over which requests are spread: a
+    dead one is left, and come back to when it answers; `dns:///HOST:PORT` spreads them over all hosts of that name.
     timeout: a `Timeout`, or seconds for one request with all its retries. retry: a `Retry`, or how many attempts.
     tls: None for plain text. headers: sent along with every request, for example credentials; gRPC has their names in
     lower case. metrics: a `prometheus_client.CollectorRegistry` for histograms of the requests; see `RequestMetrics`.
@@ -106,8 +106,7 @@ def checked_settings(
     Raises:
         InvalidArgument: see `Client`.
     """
-    if not ADDRESS.fullmatch(address):
-        raise InvalidArgument(f"address: found {address!r}, expected HOST:PORT, for example {DEFAULT_ADDRESS}")
+    address = checked(address, DEFAULT_ADDRESS)
     measured = None if metrics is None else metrics_in(metrics)
     if tracer is not None and not hasattr(tracer, "start_as_current_span"):
         raise InvalidArgument(f"tracer: found {tracer!r}, expected an OpenTelemetry tracer")

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, Lock
 from typing import TypeVar
 
 from covae_client.errors import ConnectionFailed, InvalidArgument, NotFound, ServerFault
@@ -15,6 +15,10 @@ Result = TypeVar("Result")
 
 # A model whose process died answers INTERNAL, then NOT_FOUND while its supervisor loads it anew.
 ASKED_AGAIN = (ConnectionFailed, ServerFault, NotFound)
+# Attempts of a request that the server answers with a failure of its own.
+FAULTS = 7
+# What all requests of a client together may ask again: so often at once, and then once in so many seconds.
+BURST, PACE_S = 8, 0.25
 
 
 @dataclass(frozen=True)
@@ -38,23 +42,24 @@ class Timeout:
 
 @dataclass(frozen=True)
 class Retry:
-    """Ask again when a server was unavailable or failed: at most `attempts` times in all, waiting longer each time.
+    """Ask again when a server was unavailable or failed, waiting longer each time, for as long as request_s allows.
 
-    The wait before attempt k + 1 is drawn between half of and the whole of min(first_wait_s · 2^(k-1), longest_wait_s),
-    so that clients do not come back all at once: with the defaults, 2.5 to 5.1 s in all, longer than a model takes to
-    heal. Asking again is safe: every request carries its seeds, so the same model has the same answer.
-    `Retry(attempts=1)` never asks again.
+    The wait before attempt k + 1 is drawn between 0 and min(first_wait_s · 2^(k-1), longest_wait_s), so that clients do
+    not come back all at once; and all requests of a client together ask again at most BURST times at once and then
+    once every PACE_S seconds. attempts: how many in all at most, whatever request_s allows; None: FAULTS of a server
+    that answers that it failed, as it may fail for good, and any number of one that does not answer. Asking again is
+    safe: every request carries its seeds, so the same model has the same answer. `Retry(attempts=1)` never asks again.
 
     Raises:
         InvalidArgument: attempts is below 1 or a wait is negative.
     """
 
-    attempts: int = 7
+    attempts: int | None = None
     first_wait_s: float = 0.1
     longest_wait_s: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
+        if self.attempts is not None and self.attempts < 1:
             raise InvalidArgument(f"attempts: found {self.attempts}, expected 1 or more")
         for name in ("first_wait_s", "longest_wait_s"):
             if not getattr(self, name) >= 0:
@@ -62,27 +67,49 @@ class Retry:
 
     def wait_s(self, failures: int) -> float:
         """Seconds to wait after `failures` (1 or more) failed attempts."""
-        whole = min(self.first_wait_s * 2.0 ** (failures - 1), self.longest_wait_s)
-        return random.uniform(whole / 2, whole)
+        return random.uniform(0.0, min(self.first_wait_s * 2.0 ** min(failures - 1, 60), self.longest_wait_s))
+
+    def allows(self, failures: int, error: Exception) -> bool:
+        """Whether to ask again after so many failed attempts, of which that was the last."""
+        most = self.attempts if self.attempts is not None else FAULTS if isinstance(error, ServerFault) else None
+        return most is None or failures < most
+
+
+class Budget:
+    """What a client may ask again, all its requests together. Safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._next = Lock(), 0.0
+
+    def wait_s(self) -> float:
+        """Seconds until the next attempt may be made; it is then spoken for."""
+        with self._lock:
+            now = time.monotonic()
+            self._next = max(self._next, now - BURST * PACE_S) + PACE_S
+            return max(0.0, self._next - now)
 
 
 class Attempts:
     """The attempts of one call: how long each may take, and the pauses between them. on_retry: called before each."""
 
-    def __init__(self, retry: Retry, request_s: float, on_retry: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, retry: Retry, request_s: float, budget: Budget, on_retry: Callable[[], None] = lambda: None
+    ) -> None:
         self._retry, self._deadline, self._failures = retry, time.monotonic() + request_s, 0
-        self._on_retry = on_retry
+        self._budget, self._on_retry = budget, on_retry
 
     @property
     def seconds_left(self) -> float:
         """Of request_s."""
         return self._deadline - time.monotonic()
 
-    def pause_s(self) -> float | None:
+    def pause_s(self, error: Exception) -> float | None:
         """Seconds to wait after another failure; None if attempts or time have run out."""
         self._failures += 1
-        wait_s = self._retry.wait_s(self._failures)
-        if self._failures == self._retry.attempts or wait_s >= self.seconds_left:
+        if not self._retry.allows(self._failures, error):
+            return None
+        wait_s = max(self._retry.wait_s(self._failures), self._budget.wait_s())
+        if wait_s >= self.seconds_left:
             return None
         self._on_retry()
         return wait_s
@@ -94,6 +121,7 @@ def with_retries(
     retry: Retry,
     request_s: float,
     stop: Event,
+    budget: Budget | None = None,
     on_retry: Callable[[], None] = lambda: None,
 ) -> Result:
     """Run `call(seconds left)` until it no longer raises ASKED_AGAIN, attempts or time run out, or `stop` is set.
@@ -101,11 +129,11 @@ def with_retries(
     Raises:
         ServerError: that of the last attempt.
     """
-    attempts = Attempts(retry, request_s, on_retry)
+    attempts = Attempts(retry, request_s, budget or Budget(), on_retry)
     while True:
         try:
             return call(attempts.seconds_left)
-        except ASKED_AGAIN:
-            pause_s = attempts.pause_s()
+        except ASKED_AGAIN as error:
+            pause_s = attempts.pause_s(error)
             if pause_s is None or stop.wait(pause_s):
                 raise

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from covae_client.addresses import channel_options, target
 from covae_client.errors import (
     AccessDenied,
     ConnectionFailed,
@@ -25,7 +26,7 @@ from covae_client.errors import (
     ServerFault,
 )
 from covae_client.metrics import Request, RequestMetrics, Requests
-from covae_client.retry import Retry, Timeout, with_retries
+from covae_client.retry import Budget, Retry, Timeout, with_retries
 from covae_core.contract import HALVED, NUMPY_DTYPES, TensorSpec
 
 Result = TypeVar("Result")
@@ -39,21 +40,8 @@ MAX_REQUEST_BYTES = 32 * 2**20
 MAX_IN_FLIGHT = 4
 CONNECT_POLL_S = 0.05
 INTERRUPT_POLL_S = 0.2
-
-# `channel_args` replaces every default of tritonclient, the limits on message size among them.
-CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", 2**31 - 1),
-    ("grpc.max_receive_message_length", 2**31 - 1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Spreads requests over the replicas when the address is a headless service; with one address it changes nothing.
-    ("grpc.lb_policy_name", "round_robin"),
-    # Otherwise clients of one address share a connection, and one that failed to connect makes the next one wait.
-    ("grpc.use_local_subchannel_pool", 1),
-)
-# A proxy for the outside world (http_proxy) is no way to this machine's own server.
-LOCAL_OPTIONS = (("grpc.enable_http_proxy", 0),)
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+# After a deadline, how long a connection may take to show that it still lives.
+PROBE_S = 2.0
 
 # What each gRPC status means to a caller, and what to do next; `retry.py` says which are asked again.
 STATUS_ERRORS: Mapping[str, tuple[type[ServerError], str]] = {
@@ -147,9 +135,10 @@ class Transport:
         self.address = settings.address
         self._timeout = settings.timeout
         self._retry = settings.retry
+        self._budget = Budget()
         self._headers = dict(settings.headers)
         self._closed = Event()
-        self._connected = False
+        self._connected = self._doubted = False
         self._connecting = Lock()
         self._attempts = 0
         self._failure: ServerError | None = None
@@ -180,16 +169,17 @@ class Transport:
             InvalidArgument: the client is closed.
         """
         self._connect()
-        rpc = getattr(self._triton, method)
 
         def attempt(seconds: float) -> Any:
-            return self._attempt(action, rpc, seconds, *arguments, **options)
+            self._doubt(seconds)
+            return self._attempt(action, getattr(self._triton, method), seconds, *arguments, **options)
 
         return with_retries(
             attempt,
             retry=retry or self._retry,
             request_s=self._timeout.request_s,
             stop=self._closed,
+            budget=self._budget,
             on_retry=on_retry,
         )
 
@@ -252,6 +242,23 @@ class Transport:
             on_retry=request.again,
         )
 
+    def _doubt(self, seconds: float) -> None:
+        """After a deadline see whether the connection is still one: a peer can vanish without a word, and then every
+        later request would be lost on it. Where it does not answer, the next request has a new one."""
+        if not self._doubted:
+            return
+        with self._connecting:
+            if not self._doubted:
+                return
+            old = self._triton
+            try:
+                old.is_server_live(client_timeout=max(0.001, min(PROBE_S, seconds / 2)))
+            except Exception:  # whatever it says, it is no answer
+                if not self._closed.is_set():
+                    self._triton = _triton_client(self.settings.address, self.settings.tls)
+                    old.close()
+            self._doubted = False
+
     def _attempt(self, action: str, rpc: Callable[..., Any], seconds: float, *arguments: Any, **options: Any) -> Any:
         from tritonclient.utils import InferenceServerException
 
@@ -260,7 +267,9 @@ class Transport:
         try:
             return rpc(*arguments, **{"headers": self._headers, "client_timeout": max(seconds, 0.001), **options})
         except InferenceServerException as error:
-            raise translated(self.address, action, error) from error
+            found = translated(self.address, action, error)
+            self._doubted = self._doubted or isinstance(found, DeadlineExceeded)
+            raise found from error
         except ValueError as error:
             # What gRPC raises on a channel that another thread has just closed.
             if not self._closed.is_set():
@@ -343,18 +352,13 @@ def translated(address: str, action: str, error: Any) -> ServerError:
     return kind(f"{action}: {address} says {status}: {error.message()} ({next_step})")
 
 
-def channel_options(address: str) -> list[tuple[str, Any]]:
-    """gRPC's options for a channel to that address."""
-    is_local = address.rpartition(":")[0] in LOCAL_HOSTS
-    return [*CHANNEL_OPTIONS, *(LOCAL_OPTIONS if is_local else ())]
-
-
 def _triton_client(address: str, tls: Tls | None) -> Any:
     secrets = None if tls is None else credentials(tls)
 
     from tritonclient.grpc import InferenceServerClient
 
-    return InferenceServerClient(address, creds=secrets, channel_args=channel_options(address))
+    # `channel_args` replaces every default of tritonclient, the limits on message size among them.
+    return InferenceServerClient(target(address), creds=secrets, channel_args=channel_options(address))
 
 
 def credentials(tls: Tls) -> Any:

@@ -21,13 +21,12 @@ from covae_client.client import DEFAULT_ADDRESS, Client
 from covae_client.errors import CovaeError, InvalidArgument
 from covae_client.metrics import batch_metrics_in
 from covae_client.model import Model
-from covae_client.retry import Retry, Timeout
+from covae_client.retry import Timeout
 
 # Whoever finds it stops between two blocks; `resume` removes it.
 CANCELLED = "CANCELLED"
 # Seconds of one request, so that a server that is started again is waited for.
 REQUEST_S = 300.0
-PATIENT = Retry(attempts=1_000_000, longest_wait_s=5.0)
 # A shard is made while another is written as PNG and put into place.
 THREADS = 2
 # Seconds between two looks for an interrupt.
@@ -208,7 +207,7 @@ class Job:
             yield self._model(client)
 
     def _client(self, metrics: Any) -> Client:
-        return Client(self.server, timeout=Timeout(request_s=REQUEST_S), retry=PATIENT, metrics=metrics)
+        return Client(self.server, timeout=Timeout(request_s=REQUEST_S), metrics=metrics)
 
     def _model(self, client: Client) -> Model:
         model = client.model(self.specification.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from covae_client.batch.engine import Event, Job, Status, open_job
@@ -26,7 +27,7 @@ def run_on_ray(
         InvalidArgument: Ray is not installed, or there is no cluster. JobError, ServerError, StoreError: as `Job.run`.
     """
     try:
-        import ray
+        ray: Any = import_module("ray")
     except ModuleNotFoundError as error:
         raise InvalidArgument("--engine ray: ray is not installed here; run `pip install ray`") from error
     try:
