@@ -237,6 +237,23 @@ def bench_training(
     run_training(repeats, threads, folder, Console())
 
 
+@bench.command("batch")
+def bench_batch(
+    images: Annotated[int, typer.Option(min=64, help="of a job that is timed")] = 20_000,
+    many: Annotated[int, typer.Option(min=100, help="of the job whose memory is looked at")] = 1_000_000,
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each ratio")] = 5,
+    threads: ModelThreads = 1,
+    folder: Folder = Path("bench"),
+) -> None:
+    """Time batch jobs beside the same images in a loop, and look at the client's memory in a long one."""
+    use_threads(threads)
+    from rich.console import Console
+
+    from covae_apps.bench.batch import run_batch
+
+    run_batch(images, many, repeats, threads, folder, Console())
+
+
 @bench.command("peers")
 def bench_peers(
     size: Annotated[str, typer.Option(metavar="HxWxC", help="of the images")] = "64x64x3",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from covae_apps.bench import latency, peers, scaling, training
+from covae_apps.bench import batch, latency, peers, scaling, training
 from covae_apps.bench.footprint import run_footprint
 from covae_apps.bench.generation import PHASES, run_generation
 from covae_apps.bench.latency import Quoted, as_markdown, draw_plot, open_loop, run_latency
@@ -119,6 +119,15 @@ def test_training_measures_steps_and_what_is_none(tmp_path, monkeypatch):
     assert [row.ours_ms > 0 for row in rows] == [True] * 4
     assert 0 < json.loads((tmp_path / "training.json").read_text())["rest"] < 1
     assert all(row.name in (tmp_path / "training.md").read_text() for row in rows)
+
+
+@pytest.mark.slow
+def test_batch_measures_jobs_beside_a_loop_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "SHAPES", ((8, 8, 1),))
+    record = batch.run_batch(64, 2000, 3, 1, tmp_path, Console(quiet=True))
+    assert [row["ours_ms"] > 0 for row in record["rows"]] == [True, True]
+    assert list(record["memory_mb"]) == ["200", "2,000"]
+    assert "webdataset" in (tmp_path / "batch.md").read_text()
 
 
 def test_exponents_and_knees_of_known_laws():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from covae_apps.bench import footprint, generation, latency, peers, scaling, scoring, training
+from covae_apps.bench import batch, footprint, generation, latency, peers, scaling, scoring, training
 from covae_apps.bench.stopwatch import write_record
 from covae_core.errors import InvalidArgument
 
@@ -56,6 +56,11 @@ A row of the wire carries ten of them up to 64×64, fewer above.""",
 of a batch or of clients it is where more of them no longer give more images a second.""",
         scaling.as_markdown,
         scaling.draw_plot,
+    ),
+    batch.NAME: Section(
+        "Batch jobs",
+        """What files, hashes and PNGs add to bare generation, and that memory does not grow with a job.""",
+        batch.as_markdown,
     ),
     footprint.NAME: Section(
         "Memory, disk, start",

@@ -44,6 +44,7 @@ MetricsPort = Annotated[
     int | None, typer.Option("--metrics-port", min=1, max=65535, help="Serve Prometheus metrics meanwhile.")
 ]
 Engine = Annotated[str, typer.Option("--engine", help="local, or ray: the shards on a Ray cluster.")]
+PlanOnly = Annotated[bool, typer.Option("--plan-only", help="Write the job down and leave it to workers.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same images.")]
 NumSamples = Annotated[int, typer.Option("--num-samples", help="Importance weights of a score.")]
 DEFAULT_SERVER = "localhost:8001"
@@ -63,6 +64,7 @@ def generate(
     server: Server = DEFAULT_SERVER,
     threads: Threads = 2,
     engine: Engine = "local",
+    plan_only: PlanOnly = False,
     as_json: Json = False,
     metrics_port: MetricsPort = None,
 ) -> None:
@@ -81,6 +83,9 @@ def generate(
         file_format=file_format,
         server=server,
     )
+    if plan_only:
+        _print_status(job, job.status())
+        return
     _run(job, job.run, threads, engine, as_json, metrics_port)
 
 
@@ -99,6 +104,7 @@ def score(
     server: Server = DEFAULT_SERVER,
     threads: Threads = 2,
     engine: Engine = "local",
+    plan_only: PlanOnly = False,
     as_json: Json = False,
     metrics_port: MetricsPort = None,
 ) -> None:
@@ -115,6 +121,9 @@ def score(
         file_format=file_format,
         server=server,
     )
+    if plan_only:
+        _print_status(job, job.status())
+        return
     _run(job, job.run, threads, engine, as_json, metrics_port)
 
 
@@ -138,6 +147,7 @@ def edit(
     server: Server = DEFAULT_SERVER,
     threads: Threads = 2,
     engine: Engine = "local",
+    plan_only: PlanOnly = False,
     as_json: Json = False,
     metrics_port: MetricsPort = None,
 ) -> None:
@@ -157,6 +167,9 @@ def edit(
         file_format=file_format,
         server=server,
     )
+    if plan_only:
+        _print_status(job, job.status())
+        return
     _run(job, job.run, threads, engine, as_json, metrics_port)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -11,6 +13,8 @@ from covae_client.errors import InvalidArgument
 
 # Tasks that wait for each core, so that none idles while this program looks.
 AHEAD = 2
+# Seconds for a cluster to take a connection.
+KNOCK_S = 5.0
 
 
 def run_on_ray(
@@ -31,10 +35,12 @@ def run_on_ray(
     except ModuleNotFoundError as error:
         raise InvalidArgument("--engine ray: ray is not installed here; run `pip install ray`") from error
     try:
+        _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
-    except ConnectionError as error:
+    except OSError as error:  # a ConnectionError among them
         raise InvalidArgument(
-            "--engine ray: found no running cluster; start one with `ray start --head`, or name it in RAY_ADDRESS"
+            f"--engine ray: found no running cluster ({error}); start one with `ray start --head`, or name it in "
+            "RAY_ADDRESS"
         ) from error
     # Ray calls a task again where its node has died; a shard that is there is left alone.
     task = ray.remote(num_cpus=threads, max_retries=-1)(_shard)
@@ -58,6 +64,13 @@ def run_on_ray(
             ray.cancel(result, force=True)
         ray.shutdown()
     return job.run(metrics=metrics)
+
+
+def _knock(address: str) -> None:
+    """See whether anyone is there: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "://" not in address:
+        socket.create_connection((host, int(port)), KNOCK_S).close()
 
 
 def _shard(url: str, server: str, shard: int) -> dict[str, Any] | None:
