@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -17,7 +16,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from covae_core.contract import ModelSpec, served_name
+from covae_core.contract import MOST_NAME, NAME_PATTERN, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, Operation, served_names
 from covae_export.conversion import convert
@@ -39,7 +38,6 @@ CONFIG_FILE = "config.pbtxt"
 # Operations exported at a time, unless told; each takes a gigabyte.
 MOST_JOBS = 4
 LONGEST = ("condition", "score", "surprise")
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,9 @@ def export_run(
     """
     name = name or run.run_id
     if not NAME_PATTERN.fullmatch(name):
-        raise InvalidArgument(f"name: found {name!r}; expected letters, digits, '.', '_' and '-', as digits-sos-vae")
+        raise InvalidArgument(
+            f"name: found {name!r}; expected letters, digits, '.', '_' and '-', at most {MOST_NAME}, as digits-sos-vae"
+        )
     deployment = deployment or Deployment()
     spec = describe(run, score_samples or default_score_samples(run.config.image_shape), draw_samples)
     spec = replace(spec, operations=chosen_operations(spec, operations))

@@ -61,7 +61,7 @@ def serve(
 
 
 def run_until_signal(service: Service) -> None:
-    """Start a `Service`, say where it is, and keep it up until SIGINT or SIGTERM.
+    """Start a `Service`, say where it is, and keep it up until SIGINT, SIGTERM or SIGHUP.
 
     Raises:
         ServingError: the service does not start.
@@ -73,7 +73,7 @@ def run_until_signal(service: Service) -> None:
             service.kill()
         service.request_stop()
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         service.start()
         if service.ready:

@@ -22,10 +22,10 @@ class TritonProcess:
     """A running `tritonserver` in a session of its own, so that the terminal's Ctrl-C does not reach it.
 
     It dies with the *thread* that creates it, even by SIGKILL (see `launcher.py`): create it in one that lives as long
-    as the server should. Its log goes to the logger "covae.triton" at level DEBUG.
+    as the server should. It runs in `folder`. Its log goes to the logger "covae.triton" at level DEBUG.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
         self._closed = False
         self._child = subprocess.Popen(
@@ -38,6 +38,10 @@ class TritonProcess:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
+            # Python in the stubs looks for modules in the folder it is started in: not in the user's.
+            cwd=folder,
+            # Regions, sockets and temporary files hold users' tensors.
+            umask=0o077,
         )
         self._reader = Thread(target=self._read, name="covae-triton-log", daemon=True)
         self._reader.start()

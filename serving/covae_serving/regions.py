@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
+import signal
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from covae_serving.errors import ServingError
 
 SHARED_MEMORY = Path("/dev/shm")
 NAME = "covae-"
+LOCK_NAME = re.compile(r"(?P<prefix>covae-[0-9]{1,10}-[0-9a-f]{8}-)lock")
+SAFE_PATH = re.compile(r"[A-Za-z0-9/._-]+")
+STUB = "triton_python_backend_stub"
 
 
 class Regions:
@@ -40,10 +49,17 @@ class Regions:
         if name.startswith(self.prefix):
             (SHARED_MEMORY / name).unlink(missing_ok=True)
 
+    def hide(self) -> None:
+        """Let no other user read the regions: Triton makes them readable for all, whatever its umask."""
+        for path in SHARED_MEMORY.iterdir():
+            if path.name.startswith(self.prefix):
+                with suppress(FileNotFoundError):
+                    path.chmod(0o600)
+
     def clear(self) -> None:
         """Remove every region; call it once no process of this service is left."""
-        for path in SHARED_MEMORY.glob(f"{self.prefix}*"):
-            if path != self._lock:
+        for path in SHARED_MEMORY.iterdir():
+            if path.name.startswith(self.prefix) and path != self._lock:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -54,17 +70,51 @@ class Regions:
         os.close(self._descriptor)
 
 
+def check_folder(folder: Path) -> None:
+    """See that Triton's stubs can be started from a folder.
+
+    Raises:
+        ServingError: its path has what a shell would read, or the file system runs no programs.
+    """
+    if not SAFE_PATH.fullmatch(str(folder)):
+        raise ServingError(
+            f"{folder}: the temp folder's path has a space or another letter that Triton cannot pass on; set TMPDIR to "
+            "a folder whose path has letters, digits, '.', '_' and '-' alone"
+        )
+    probe = folder / "probe"
+    probe.write_text("#!/bin/sh\n", encoding="ascii")
+    probe.chmod(0o700)
+    # The kernel denies it on a file system that is mounted noexec, whoever asks.
+    allowed = os.access(probe, os.X_OK)
+    probe.unlink()
+    if not allowed:
+        raise ServingError(
+            f"{folder}: no program can be started from the temp folder (it is mounted noexec); set TMPDIR to a folder "
+            "from which programs run"
+        )
+
+
 def remove_stale() -> list[str]:
-    """Remove what killed services of this user left in /dev/shm and the temp folder; their prefixes come back."""
+    """Remove what killed services of this user left in /dev/shm, the temp folder and the process list; their prefixes
+    come back.
+
+    Anyone may write into /dev/shm: only names that a service gives count, and only files that are this user's own.
+    """
     stale = []
-    for lock in SHARED_MEMORY.glob(f"{NAME}*-lock"):
+    for lock in SHARED_MEMORY.iterdir():
+        found = LOCK_NAME.fullmatch(lock.name)
+        if found is None:
+            continue
         try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:  # another user's, or gone meanwhile
             continue
         try:
+            status = os.fstat(descriptor)
+            if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
+                continue
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale.append(lock.name.removesuffix("lock"))
+            stale.append(found["prefix"])
             _remove_all(stale[-1])
         except BlockingIOError:  # its service lives
             continue
@@ -74,7 +124,23 @@ def remove_stale() -> list[str]:
 
 
 def _remove_all(prefix: str) -> None:
-    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for path in SHARED_MEMORY.glob(f"{prefix}*"):
-        path.unlink(missing_ok=True)
+    _end_processes(prefix)
+    for place in (Path(tempfile.gettempdir()), SHARED_MEMORY):
+        for path in place.iterdir():
+            if path.name.startswith(prefix) and path.lstat().st_uid == os.getuid():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _end_processes(prefix: str) -> None:
+    """Kill stubs that outlived their supervisor: at work when it was killed, they hold their memory for good."""
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            ours = folder.stat().st_uid == os.getuid() and Path(os.fsdecode(words[0])).name == STUB
+            if ours and any(prefix.encode() in word for word in words):
+                os.kill(int(folder.name), signal.SIGKILL)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from covae_core.contract import PLATFORM_BACKEND, served_name
+from covae_core.contract import MOST_NAME, NAME_PATTERN, PLATFORM_BACKEND, ModelSpec, served_name
 from covae_core.operations import OPERATIONS, split_served_name
 from covae_serving.errors import ServingError
 
+MODEL_FILE = "model.onnx"
+# What may stand in a config.pbtxt. Others make Triton run code, unpack archives, load libraries or read files.
+CONFIG_FIELDS = frozenset(
+    ("name", "backend", "default_model_filename", "max_batch_size", "input", "output", "instance_group",
+     "dynamic_batching", "version_policy", "model_warmup", "parameters", "optimization", "response_cache",
+     "model_transaction_policy")
+)  # fmt: skip
+PARAMETERS = frozenset(field.name for field in fields(ModelSpec)) | {
+    "colour", "operation", "intra_op_thread_count", "inter_op_thread_count", "execution_mode", "enable_mem_arena",
+    "enable_mem_pattern", "memory.enable_memory_arena_shrinkage", "share_session_between_instances",
+}  # fmt: skip
 AGAIN = "export the model again with `covae export`"
 
 
@@ -33,7 +44,7 @@ class ServedModel:
     @property
     def graph(self) -> Path:
         """The newest version's, which Triton loads."""
-        return self.folder / str(versions_in(self.folder)[-1]) / "model.onnx"
+        return self.folder / str(versions_in(self.folder)[-1]) / MODEL_FILE
 
 
 def versions_in(folder: Path) -> list[int]:
@@ -82,15 +93,39 @@ def read_model(repository: Path, name: str, operation: str) -> ServedModel:
         raise ServingError(f"{folder}/config.pbtxt: name is {config.name!r}, the folder's is {folder.name!r}; {AGAIN}")
     if config.backend != PLATFORM_BACKEND:
         raise ServingError(f"{folder}/config.pbtxt: backend is {config.backend!r}, not {PLATFORM_BACKEND!r}; {AGAIN}")
+    _check_harmless(folder, config)
     versions = versions_in(folder)
     if not versions:
         raise ServingError(f"{folder}: no version folder (such as {folder}/1); {AGAIN}")
-    graph = folder / str(versions[-1]) / "model.onnx"
+    graph = folder / str(versions[-1]) / MODEL_FILE
     if not graph.is_file():
         raise ServingError(f"{graph}: no such file; {AGAIN}")
     if graph.stat().st_size == 0:
         raise ServingError(f"{graph}: the file is empty; {AGAIN}")
     return ServedModel(name, operation, folder, config)
+
+
+def _check_harmless(folder: Path, config: ModelConfig) -> None:
+    """See that an entry holds nothing that Triton would run, unpack or load beside a graph and its configuration.
+
+    Raises:
+        ServingError: it does.
+    """
+    path = folder / "config.pbtxt"
+    fields = sorted({descriptor.name for descriptor, _ in config.ListFields()} - CONFIG_FIELDS)
+    if fields:
+        raise ServingError(f"{path}: found {fields[0]}, which a served model may not have; {AGAIN}")
+    strange = sorted(key for key in config.parameters if not (key in PARAMETERS or key.startswith("session.")))
+    if strange:
+        raise ServingError(f"{path}: found the parameter {strange[0]}, which a served model may not have; {AGAIN}")
+    if config.default_model_filename not in ("", MODEL_FILE):
+        raise ServingError(
+            f"{path}: default_model_filename is {config.default_model_filename!r}, not {MODEL_FILE!r}; {AGAIN}"
+        )
+    for version in versions_in(folder):
+        for file in (folder / str(version)).iterdir():
+            if file.name != MODEL_FILE and not file.name.startswith("."):
+                raise ServingError(f"{file}: a version holds {MODEL_FILE} alone; move this file away, or {AGAIN}")
 
 
 def _config(path: Path) -> ModelConfig:
@@ -103,9 +138,20 @@ def _config(path: Path) -> ModelConfig:
 
 
 def _folders(repository: Path) -> list[tuple[str, str]]:
-    """Every NAME and operation with a folder, sorted; folders of other Triton models are left alone."""
+    """Every NAME and operation with a folder, sorted; folders of other Triton models are left alone.
+
+    Raises:
+        ServingError: a name is none that `covae export` gives: Triton passes names through a shell.
+    """
     folders = (path.name for path in sorted(repository.iterdir()) if path.is_dir())
-    return [parts for folder in folders if (parts := split_served_name(folder))]
+    found = [parts for folder in folders if (parts := split_served_name(folder))]
+    for name, operation in found:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ServingError(
+                f"{repository / served_name(name, operation)}: the model's name is {name!r}; expected letters, digits, "
+                f"'.', '_' and '-', {MOST_NAME} at most; {AGAIN} under another --name, and remove this folder"
+            )
+    return found
 
 
 def _operation(text: str) -> str:

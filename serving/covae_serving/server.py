@@ -19,7 +19,7 @@ from covae_serving.metrics import fetch_page
 from covae_serving.ports import LOOPBACK, choose_ports, free_port, is_free
 from covae_serving.probe import probe_request
 from covae_serving.process import TritonProcess
-from covae_serving.regions import Regions, remove_stale
+from covae_serving.regions import Regions, check_folder, remove_stale
 from covae_serving.repository import ServedModel, read_model
 from covae_serving.stubs import STOPPED, Stub, find_stubs
 
@@ -94,10 +94,14 @@ class Server:
         except OSError as error:
             raise ServingError(f"shared memory or the temp folder cannot be used: {error}") from error
         try:
+            check_folder(self._regions.folder)
             self._backends = self._installation.lay_out_backends(self._regions.folder)
         except OSError as error:
             self._regions.close()
             raise ServingError(f"Triton's backends cannot be copied to the temp folder: {error}") from error
+        except ServingError:
+            self._regions.close()
+            raise
 
     @property
     def connection(self) -> Connection:
@@ -136,6 +140,14 @@ class Server:
             self.ports = ports
             return failures
         raise ServingError(f"{self._host}: other programs took the chosen ports {BIND_ATTEMPTS} times; try again")
+
+    def _linked_repository(self) -> Path:
+        """The repository under a name without a space or anything else that the shell between Triton and its stubs
+        would read."""
+        link = self._regions.folder / "models"
+        if not link.is_symlink():
+            link.symlink_to(self._repository.resolve(), target_is_directory=True)
+        return link
 
     def _read_again(self, model: ServedModel) -> ServedModel:
         """The model as the repository has it now; if it is broken, that is Triton's to say."""
@@ -192,6 +204,7 @@ class Server:
         if failure:
             raise ServingError(failure)
         self._remember(model_name)
+        self._regions.hide()
         known = {stub.pid for stub in old}
         self.stubs[model_name] = [stub for stub in self._find_stubs(model_name) if stub.pid not in known]
 
@@ -242,7 +255,9 @@ class Server:
         self._connection = Connection(f"{near}:{ports[0]}", key)
         self._metrics_url = f"http://{LOOPBACK}:{ports[1]}/metrics"
         self._process = TritonProcess(
-            self._command(ports, key, identity), self._installation.environment(self._regions.folder)
+            self._command(ports, key, identity),
+            self._installation.environment(self._regions.folder),
+            self._regions.folder,
         )
         deadline = time.monotonic() + self._timing.start_s
         try:
@@ -255,6 +270,7 @@ class Server:
         except BaseException:
             self.discard()
             raise
+        self._regions.hide()
         self.stubs = {name: self._find_stubs(name) for name in self.models}
         return failures
 
@@ -267,7 +283,7 @@ class Server:
         return [
             str(self._installation.binary),
             f"--id={identity}",
-            f"--model-repository={self._repository.resolve()}",
+            f"--model-repository={self._linked_repository()}",
             f"--backend-directory={self._backends}",
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in self.models),

@@ -44,7 +44,7 @@ def test_sample_writes_numbered_files_that_equal_the_librarys_images(covae, mode
     result = covae("sample", "toy", "-n", 10, "--seed", 7, "--start", 3, "--out", "drawn")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "10 images: drawn\n"
-    files = sorted((tmp_path / "drawn").iterdir())
+    files = sorted((tmp_path / "drawn").glob("*.png"))
     assert [file.name for file in files] == [f"{index:04d}.png" for index in range(3, 13)]
     np.testing.assert_array_equal([pixels(file) for file in files], model.sample(10, seed=7, start=3))
 
@@ -258,7 +258,26 @@ def test_the_server_may_come_from_the_environment_or_the_option(address, covae):
         assert client.model("toy").name == "toy"
 
 
-def test_images_that_stay_beside_new_samples_are_told(covae, address, tmp_path):
-    assert covae("sample", "toy", "--server", address, "-n", 3, "--out", tmp_path / "out").stderr == ""
-    result = covae("sample", "toy", "--server", address, "-n", 1, "--start", 1, "--out", tmp_path / "out")
-    assert (result.returncode, result.stderr) == (0, f"note: 2 other images stay in {tmp_path / 'out'}\n")
+def test_samples_are_not_mixed_with_others_without_a_word(covae, address, tmp_path):
+    out = tmp_path / "out"
+    words = ["sample", "toy", "--server", address, "--out", out]
+    assert covae(*words, "-n", 3).returncode == 0
+    assert json.loads((out / "samples.json").read_text())["number"] == 3
+    assert covae(*words, "-n", 3).returncode == 0  # the same again
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    refused = covae(*words, "-n", 1, "--start", 1)
+    assert refused.returncode == 1
+    assert f"--out: found 3 other images in {out}, as 0000.png; choose another folder, or --overwrite" in refused.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    (out / "mine.txt").write_text("kept")
+    assert covae(*words, "-n", 1, "--start", 1, "--overwrite").returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == ["0001.png", "mine.txt", "samples.json"]
+
+
+def test_names_sort_as_the_images_do_however_many_there_are(covae, address, tmp_path):
+    assert (
+        covae("sample", "toy", "--server", address, "-n", 3, "--start", 9998, "--out", tmp_path / "out").returncode == 0
+    )
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["09998.png", "09999.png", "10000.png"]

@@ -83,6 +83,15 @@ def test_a_wrong_request_gets_the_right_status_and_the_next_one_works(caller, mo
     assert caller.infer("toy_decode", latent=LATENT)["mean"].shape == (1, 1, 2, 2)
 
 
+@pytest.mark.parametrize("value", [3e38, -1.1e6])
+def test_a_number_beyond_any_latent_is_refused(caller, value):
+    latent = np.zeros((2, 4), np.float32)
+    latent[1, 2] = value
+    status, message = caller.refusal("toy_decode", latent=latent)
+    assert status == INVALID
+    assert re.search(r"latent: .* at row 1, position \[2\]; expected numbers up to 1e\+06", message)
+
+
 def halved(caller, names: str, latent: np.ndarray):
     from tritonclient.grpc.service_pb2 import ModelInferRequest
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from covae_serving.errors import ServingError
+from covae_serving.regions import SHARED_MEMORY
 from covae_serving.service import Service
 
 pytestmark = pytest.mark.slow
@@ -115,6 +119,77 @@ def test_a_killed_supervisor_leaves_no_server_and_the_next_one_clears_the_rest(r
     assert not Path(f"/proc/{triton}/exe").exists()
     with Service(toy_repository, operations=["decode"], grpc_port=0, metrics_port=0):
         assert traces(process.pid) == []
+
+
+def outliving(prefix: str) -> subprocess.Popen[bytes]:
+    """A process that looks like a stub of the service with that prefix."""
+    words = ["/somewhere/triton_python_backend_stub", "-c", "import time; time.sleep(60)", f"{prefix}region"]
+    return subprocess.Popen(words, executable=sys.executable)
+
+
+def test_a_stub_that_outlived_its_supervisor_is_ended_by_the_next_service(toy_repository):
+    """As one is left that was at work when its supervisor was killed: nobody's child, its lock held by nobody."""
+    dead, unknown = (f"covae-4000000-{os.urandom(4).hex()}-" for _ in range(2))
+    (SHARED_MEMORY / f"{dead}lock").write_text("")
+    with outliving(dead) as left, outliving(unknown) as other:
+        try:
+            with Service(toy_repository, operations=["decode"], grpc_port=0, metrics_port=0):
+                assert left.wait(10) == -signal.SIGKILL
+                assert other.poll() is None
+                assert not (SHARED_MEMORY / f"{dead}lock").exists()
+        finally:
+            left.kill()
+            other.kill()
+
+
+def test_names_in_shared_memory_that_no_service_gives_are_never_taken_for_patterns(toy_repository, traces):
+    """A lock's name was once taken as a pattern of names to remove."""
+    with Service(toy_repository, operations=["decode"], grpc_port=0, metrics_port=0):
+        alive = traces()
+        planted = [SHARED_MEMORY / name for name in ("covae-*-lock", "covae-[0-9]*-lock", "covae-1-zzzzzzzz-lock")]
+        try:
+            for path in planted:
+                path.write_text("")
+            with Service(toy_repository, operations=["sample"], grpc_port=0, metrics_port=0):
+                pass
+            assert set(alive) <= set(traces())
+            assert all(path.exists() for path in planted)
+        finally:
+            for path in planted:
+                path.unlink(missing_ok=True)
+
+
+def test_what_a_service_has_is_readable_by_nobody_else(toy_repository, traces):
+    with Service(toy_repository, operations=["decode"], grpc_port=0, metrics_port=0):
+        modes = {path: Path(path).stat().st_mode & 0o077 for path in traces()}
+    assert len(modes) >= 3
+    assert not any(modes.values()), modes
+
+
+@pytest.mark.parametrize("name", ["with space", "modèles", "$(touch owned)"])
+def test_a_repository_may_have_any_name_and_the_users_folder_is_not_python(name, toy_repository, tmp_path, monkeypatch):
+    """A module of the user's in the current folder was once imported into the stubs."""
+    shutil.copytree(toy_repository, tmp_path / name)
+    for module in ("model", "json", "numpy"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    with Service(Path(name), operations=["decode"], grpc_port=0, metrics_port=0) as service:
+        assert service.ready
+    assert not list(tmp_path.glob("owned*"))
+
+
+def test_a_temp_folder_that_triton_cannot_use_is_refused_at_once(toy_repository, tmp_path, monkeypatch, traces):
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a b"))
+    with pytest.raises(ServingError, match="the temp folder's path has a space or another letter"):
+        Service(toy_repository, operations=["decode"], grpc_port=0, metrics_port=0).start()
+    assert list((tmp_path / "a b").iterdir()) == []
+
+
+def test_a_hang_up_lets_a_request_in_flight_finish(run):
+    process, *_ = run()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
 
 
 def test_a_broken_repository_ends_the_command_with_its_error(tmp_path):

@@ -96,3 +96,41 @@ def test_another_backend_is_refused(tmp_path, write_toy):
 
     with pytest.raises(ServingError, match="backend is 'python', not 'onnxruntime'"):
         read_repository(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            'parameters { key: "EXECUTION_ENV_PATH" value { string_value: "/tmp/evil.tar.gz" } }',
+            "the parameter EXECUTION_ENV",
+        ),
+        ('parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value { string_value: "no" } }', "the parameter FORCE_CPU"),
+        ('model_repository_agents { agents { name: "checksum" } }', "found model_repository_agents"),
+        ('model_operations { op_library_filename: "evil.so" }', "found model_operations"),
+        ('ensemble_scheduling { step { model_name: "x" model_version: -1 } }', "ensemble_scheduling"),
+        ('runtime: "evil.so"', "found runtime"),
+        ('platform: "tensorflow_savedmodel"', "found platform"),
+        ('default_model_filename: "../other.onnx"', "default_model_filename is '../other.onnx'"),
+    ],
+)
+def test_a_configuration_that_would_have_triton_run_something_else_is_refused(line, message, repository):
+    path = repository / "toy_decode" / "config.pbtxt"
+    text = "\n".join(old for old in path.read_text().splitlines() if not old.startswith("default_model_filename"))
+    path.write_text(f"{text}\n{line}\n")
+    with pytest.raises(ServingError, match=message):
+        served(repository)
+
+
+@pytest.mark.parametrize("name", ["model.py", "libtriton_evil.so", "model.onnx.data"])
+def test_a_version_with_other_files_is_refused(name, repository):
+    (repository / "toy_sample" / "1" / name).write_text("")
+    with pytest.raises(ServingError, match=rf"1/{name}: a version holds model\.onnx alone"):
+        served(repository)
+
+
+@pytest.mark.parametrize("name", ["$(touch owned)", "a b", "modèle", "-x", "x" * 129])
+def test_a_name_that_a_shell_would_read_is_refused(name, repository):
+    (repository / "toy_decode").rename(repository / f"{name}_decode")
+    with pytest.raises(ServingError, match=r"the model's name is .*; expected letters, digits"):
+        served(repository)

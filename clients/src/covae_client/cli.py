@@ -196,6 +196,9 @@ def sample(
     grid: Annotated[
         Path | None, typer.Option("--grid", metavar="FILE.png", help="Write one picture of all images instead.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the images that are in the folder, where they are others.")
+    ] = False,
     server: Server = "localhost:8001",
     timeout: RequestTimeout = 60.0,
     metrics_port: MetricsPort = None,
@@ -208,12 +211,16 @@ def sample(
     folder = out or Path("samples")
     with commands.open_model(name, server, timeout, metrics_port) as model:
         place = commands.sample(
-            model, number=number, seed=seed, start=start, noise_seed=noise_seed, out=folder, grid=grid
+            model,
+            number=number,
+            seed=seed,
+            start=start,
+            noise_seed=noise_seed,
+            out=folder,
+            grid=grid,
+            overwrite=overwrite,
         )
     typer.echo(f"{commands.counted(number, 'image')}: {place}")
-    others = 0 if grid else commands.count_others(folder, start, number)
-    if others:
-        typer.echo(f"note: {commands.counted(others, 'other image')} stay in {folder}", err=True)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from covae_client.errors import InvalidArgument
 from covae_client.metrics import served_registry
 from covae_client.model import BeyondReach, Conditioned, Model
 from covae_client.retry import Timeout
-from covae_core.files import check_writable, writing
-from covae_core.images import contact_sheet, encode_png, find_images, load_edit
+from covae_core.files import check_writable, write_text, writing
+from covae_core.images import EXTENSIONS, contact_sheet, encode_png, load_edit
 
 # Images held in memory at a time.
 BLOCK = 256
 MAX_GRID_IMAGES = 10_000
+# Which samples a folder holds.
+MANIFEST = "samples.json"
 MAX_EDIT_SAMPLES = 10_000
 
 
@@ -47,13 +50,39 @@ def open_model(name: str, server: str, timeout_s: float, metrics_port: int | Non
 
 
 def sample(
-    model: Model, *, number: int, seed: int, start: int, noise_seed: int | None, out: Path, grid: Path | None
+    model: Model,
+    *,
+    number: int,
+    seed: int,
+    start: int,
+    noise_seed: int | None,
+    out: Path,
+    grid: Path | None,
+    overwrite: bool = False,
 ) -> Path:
-    """Write `number` samples into the folder `out`, or as one picture `grid`; returns where they are."""
+    """Write `number` samples into the folder `out`, or as one picture `grid`; returns where they are.
+
+    Beside them a manifest says which they are. Images that are there already are refused, unless they are these, or
+    overwrite: then they are removed first.
+
+    Raises:
+        InvalidArgument: as above, or the place cannot be written.
+    """
     integer("--number", number, 1, MAX_GRID_IMAGES if grid else 2**32)
     if grid is not None and grid.suffix.lower() != ".png":
         raise InvalidArgument(f"--grid: found {str(grid)!r}, expected the name of a file that ends in .png")
-    check_writable(grid or out / f"{start:04d}.png")
+    width = max(4, len(str(start + number - 1)))
+    check_writable(grid or out / f"{start:0{width}d}.png")
+    if grid is None:
+        manifest = {
+            "model": model.name,
+            "run_digest": model.spec.run_digest,
+            "seed": seed,
+            "noise_seed": noise_seed,
+            "start": start,
+            "number": number,
+        }
+        _make_room(out, manifest, overwrite)
     kept: list[NDArray[np.uint8]] = []
     with progress_bar("sample", number) as report:
         for offset, count in blocks(number):
@@ -62,7 +91,7 @@ def sample(
             )
             if grid is None:
                 for index, image in enumerate(images, start + offset):
-                    save_image(out / f"{index:04d}.png", image)
+                    save_image(out / f"{index:0{width}d}.png", image)
             else:
                 kept.append(images)
     if grid is None:
@@ -71,10 +100,20 @@ def sample(
     return grid
 
 
-def count_others(folder: Path, start: int, number: int) -> int:
-    """Images in a folder that are none of the `number` samples from `start` on."""
-    written = {f"{index:04d}.png" for index in range(start, start + number)}
-    return sum(path.name not in written for path in find_images([folder]))
+def _make_room(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
+    """See that a folder has no other images than those of a manifest, which is then written into it."""
+    there = sorted(path for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS) if folder.is_dir() else []
+    text = json.dumps(manifest, indent=2) + "\n"
+    place = folder / MANIFEST
+    if there and not (place.is_file() and place.read_text(encoding="utf-8", errors="replace") == text):
+        if not overwrite:
+            raise InvalidArgument(
+                f"--out: found {counted(len(there), 'other image')} in {folder}, as {there[0].name}; choose another "
+                "folder, or --overwrite to remove them first"
+            )
+        for path in there:
+            writing(path, path.unlink)
+    write_text(place, text)
 
 
 def edit(

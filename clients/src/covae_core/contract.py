@@ -8,6 +8,7 @@ spells a tensor name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
@@ -21,6 +22,9 @@ from covae_core.noise import NOISE_VERSION, Stream
 
 CONTRACT_VERSION = 2
 PLATFORM_BACKEND = "onnxruntime"
+# Names of models: they become folders, Triton's models and words of command lines.
+MOST_NAME = 128
+NAME_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MOST_NAME - 1}}}")
 # A request's parameter: names of outputs of FP32 that it wants as FP16, with commas between.
 HALVED = "halved"
 # A model has one of these latents, both, or none; their streams of noise, of the prior and of the posterior.

@@ -27,6 +27,12 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = {1: "L", 3: "RGB"}
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_SIGNATURE = b"\xff\xd8"
+# Of a JPEG's segments: from these on come pixels, or the end; metadata, some of which says how colours are kept.
+JPEG_PIXELS = (0xDA, 0xD9, 0xD8)
+JPEG_EXIF = 0xE1
+JPEG_METADATA = (*range(0xE0, 0xF0), 0xFE)
+JPEG_COLOURS = (0xE0, 0xEE)
 # What a PNG's pixels need, and its orientation; text and colour profiles may be larger than Pillow reads.
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
 MAX_EXIF_BYTES = 2**16
@@ -129,6 +135,8 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
     transparent = None
     if content.startswith(PNG_SIGNATURE):
         content, transparent = _plain_png(content)
+    elif content.startswith(JPEG_SIGNATURE):
+        content = _plain_jpeg(content)
     image = _decode(_identify(content, name), name)
     return image if transparent is None else _with_alpha(image, *transparent)
 
@@ -166,6 +174,25 @@ def _plain_png(content: bytes) -> tuple[bytes, tuple[int, int] | None]:
             chunks.append(whole)
     # What is left over is part of a chunk that was cut off; Pillow says so.
     return b"".join([*chunks, content[place:]]), transparent
+
+
+def _plain_jpeg(content: bytes) -> bytes:
+    """A JPEG without the segments that its pixels do not need: Pillow takes quadratic time over many small ones, and
+    sees several pictures in a phone's file where the first is meant."""
+    kept = [JPEG_SIGNATURE]
+    place, exif = len(JPEG_SIGNATURE), False
+    while place + 4 <= len(content) and content[place] == 0xFF and content[place + 1] not in JPEG_PIXELS:
+        marker, size = content[place + 1], int.from_bytes(content[place + 2 : place + 4], "big")
+        segment = content[place : place + 2 + size]
+        if marker == 0xFF:  # a byte that fills
+            place += 1
+            continue
+        is_exif = marker == JPEG_EXIF and segment[4:10] == b"Exif\0\0"
+        if marker not in JPEG_METADATA or marker in JPEG_COLOURS or (is_exif and not exif):
+            kept.append(segment)
+        exif = exif or is_exif
+        place += 2 + size
+    return b"".join([*kept, content[place:]])
 
 
 def _with_alpha(image: Image.Image, depth: int, sample: int) -> Image.Image:

@@ -80,6 +80,8 @@ TENSORRT_NAMES = {
 
 # The supervisor's own inferences, which are no user's; `covae_serving.probe` sends this id.
 PROBE_ID = "covae-probe"
+# Beyond this no latent is of any prior, and a network's float32 overflows.
+LARGEST = 1e6
 # A request's parameter: names of outputs that it wants as 16-bit floats, with commas; `covae_core.contract.HALVED`.
 HALVED = "halved"
 # From 0.1 ms to 52 s, each twice the one before.
@@ -246,7 +248,7 @@ class TritonPythonModel:
             stop = start + job.rows
             try:
                 tensors = [
-                    pb_utils.Tensor(name, sent(array[start:stop] if self.batched else array, name in job.halved))
+                    pb_utils.Tensor(name, sent(name, array[start:stop] if self.batched else array, name in job.halved))
                     for name, array in outputs.items()
                     if name in job.wanted
                 ]
@@ -384,12 +386,20 @@ def concatenate(jobs: Sequence[Job]) -> Arrays:
 
 
 def check_input(tensor: Tensor, array: Array, batched: bool) -> Array:
-    """Return an input as it came, or raise RequestError that names the tensor and what is wrong with it."""
+    """Return an input, truth values as 0 and 1, or raise RequestError: it names the tensor and what is wrong."""
     expected = list(("rows", *tensor.dims) if batched else tensor.dims)
     if array.dtype != tensor.numpy_dtype:
         raise RequestError(f"{tensor.name}: dtype is {array.dtype}, the model takes {tensor.numpy_dtype}")
     if not tensor.fits(array.shape[1:] if batched else array.shape) or (batched and array.ndim == 0):
         raise RequestError(f"{tensor.name}: shape is {list(array.shape)}, the model takes {expected}")
+    if array.dtype.kind == "b":
+        # Other languages write true as 255; ONNX Runtime takes such a byte for neither.
+        truth: Array = array.view(np.uint8) != 0
+        return truth
+    if array.dtype.kind == "f" and np.isfinite(array).all() and (np.abs(array) > LARGEST).any():
+        place = [int(i) for i in np.argwhere(np.abs(array) > LARGEST)[0]]
+        where = f"row {place[0]}, position {place[1:]}" if batched else f"position {place}"
+        raise RequestError(f"{tensor.name}: {array[tuple(place)]} at {where}; expected numbers up to {LARGEST:g}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         place = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
         where = f"row {place[0]}, position {place[1:]}" if batched else f"position {place}"
@@ -397,12 +407,14 @@ def check_input(tensor: Tensor, array: Array, batched: bool) -> Array:
     return array
 
 
-def sent(array: Array, halved: bool) -> Array:
+def sent(name: str, array: Array, halved: bool) -> Array:
     """An output as a request wants it.
 
     Raises:
-        OutputError: a number is too large for 16 bits.
+        OutputError: a number is not finite, or too large for 16 bits.
     """
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise OutputError(f"output {name}: the model gave a number that is not finite; nothing was sent")
     if not halved:
         return array
     with np.errstate(over="ignore"):
