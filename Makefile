@@ -2,6 +2,7 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) 2>/dev/null)) no-python-3.11-or-3.12-found)
 BIN := .venv/bin
 DATA ?= digits
+TEST_PROCESSES ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test quick check format clean
@@ -16,10 +17,10 @@ demo: .venv/.installed ## the main job on real images: train, export, serve, sam
 	exec $(BIN)/covae demo --data $(DATA)
 
 test: .venv/.installed ## every test, the slow ones against a real Triton too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup
 
 quick: .venv/.installed ## the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup -m "not slow"
 
 check: .venv/.installed ## ruff, mypy --strict, both wheels, and every module from a clean environment
 	$(BIN)/ruff check

@@ -7,6 +7,7 @@ import math
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -119,3 +120,25 @@ def test_a_real_prometheus_answers_every_query_of_the_dashboard_and_its_p99_is_t
     # The client's own clock is around the whole call; a bucket is 1.25 times the one before.
     assert math.isclose(float(found["value"][1]), float(np.quantile(took, 0.99)), rel_tol=0.25)
     assert len(took) > 500
+
+
+def test_the_kubernetes_job_is_valid_and_runs_a_command_that_there_is():
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    import yaml
+
+    path = Path(covae_serving.__file__).parent / "deployment" / "batch-job.yaml"
+    job = yaml.safe_load(path.read_text())
+    kubernetes.validate(job, kubernetes.latest_version(), strict=True)
+    wrong = {**job, "spec": {**job["spec"], "completion": 3}}
+    with pytest.raises(kubernetes.ValidationError):
+        kubernetes.validate(wrong, kubernetes.latest_version(), strict=True)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"][:3] == ["covae", "batch", "worker"]
+    assert int(container["command"][container["command"].index("--of") + 1]) == job["spec"]["completions"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("covae"), "batch", "worker", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "JOB_COMPLETION_INDEX" in done.stdout
