@@ -240,6 +240,8 @@ def draw_plot(record: Mapping[str, Any], path: Path) -> None:
         for axis, item in zip(figure.subplots(1, len(curves)), curves, strict=True):
             axis.loglog(item["sizes"], item["ms"], "o-", color=COLOURS[0], label="ms", ms=3)
             axis.loglog(item["sizes"], item["memory_mb"], "s--", color=COLOURS[1], label="MB", ms=3)
+            shown = [*item["ms"], *item["memory_mb"]]
+            axis.set_ylim(0.5 * min(shown), 2 * max(shown))  # a flat line looks flat
             if item["sizes"][0] <= item["knee"] <= item["sizes"][-1]:
                 axis.axvline(item["knee"], color="#8a8f98", lw=0.8, ls=":")
             title = item["title"].partition(",")[0].partition(";")[0]
