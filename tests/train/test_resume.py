@@ -13,7 +13,7 @@ from covae_train.data import ImageData, images_of
 from covae_train.errors import CheckpointError
 from covae_train.families import make_config
 from covae_train.records import read_metrics
-from covae_train.run import load_checkpoint, load_config
+from covae_train.run import load_checkpoint, load_config, load_run, save_checkpoint
 from covae_train.training import Interrupted, Trainer
 
 from .toys import Crash, crash_at, tiny_config, trained
@@ -190,6 +190,54 @@ def test_a_checkpoint_of_another_network_is_told(few_digits, tmp_path):
     (tmp_path / "other" / "checkpoint.safetensors").replace(tmp_path / "run" / "checkpoint.safetensors")
     with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: it does not fit config\.json"):
         Trainer(tiny_config(), few_digits, tmp_path / "run")
+
+
+def test_a_second_training_in_a_folder_is_refused_and_disturbs_nothing(few_digits, tmp_path):
+    first, second = (Trainer(tiny_config(), few_digits, tmp_path / "run") for _ in range(2))
+    refused = []
+
+    def try_the_second(report) -> None:
+        if not refused:
+            with pytest.raises(CheckpointError, match="another training is at work in this folder"):
+                second.fit()
+            refused.append(report.step)
+
+    first.fit(try_the_second)
+    assert refused == [1]
+    trained(tiny_config(), few_digits, tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    Trainer(tiny_config(), few_digits, tmp_path / "run").fit()  # the lock is gone
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("usable"),
+        lambda state: state.pop("step"),
+        lambda state: state.update(step="three"),
+        lambda state: state.update(begun=None),
+        lambda state: state.update(seconds=[]),
+    ],
+    ids=["no usable", "no step", "a word for a step", "nothing begun", "a list of seconds"],
+)
+def test_a_checkpoint_whose_state_was_tampered_with_is_told(change, few_digits, tmp_path):
+    trained(tiny_config(), few_digits, tmp_path / "run")
+    found = load_checkpoint(tmp_path / "run")
+    change(found.state)
+    save_checkpoint(tmp_path / "run", found)
+
+    def read() -> None:
+        load_run(tmp_path / "run")
+        Trainer(tiny_config(), few_digits, tmp_path / "run")
+
+    with pytest.raises(CheckpointError, match=str(tmp_path / "run")):
+        read()
+
+
+def test_a_configuration_as_deep_as_a_well_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"family": "sos-vae", "options": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(CheckpointError, match=r"config\.json: the configuration is damaged"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(

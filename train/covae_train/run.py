@@ -9,9 +9,12 @@ tensorboard/             the same for TensorBoard
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from covae_core.calibration import Calibration
-from covae_core.errors import InvalidArgument
+from covae_core.errors import CovaeError, InvalidArgument
 from covae_train.calibration import load_calibration
 from covae_train.config import RunConfig
 from covae_train.data import in_units, level_noise
@@ -79,7 +82,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return Checkpoint(tensors, json.loads(file.metadata()["state"]))
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: the checkpoint is damaged ({error}); train again in another folder") from error
 
 
@@ -123,8 +126,25 @@ def load_config(folder: Path) -> RunConfig:
             f"{path}: found {', '.join(unknown)}, which this version does not have: another version began this run; "
             "use that one, or train again with another --run"
         ) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"{path}: the configuration is damaged ({error})") from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The only training in a run's folder, as long as the context lasts; the lock goes with the process.
+
+    Raises:
+        CheckpointError: another one is at work in it.
+    """
+    with (folder / CONFIG_FILE).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: another training is at work in this folder; wait for it, or choose another --run"
+            ) from None
+        yield
 
 
 @dataclass(frozen=True)
@@ -159,14 +179,18 @@ def load_run(folder: Path, *, calibrated: bool = True) -> TrainedRun:
             calibration is of another checkpoint or other data.
     """
     config, checkpoint = load_config(folder), load_checkpoint(folder)
-    if not checkpoint.state["usable"]:
-        phase = checkpoint.state["phase"]
-        raise CheckpointError(f"{folder}: this run is still in its phase {phase!r}; resume it with `covae train` first")
-    model = build_model(config)
     try:
+        if not checkpoint.state["usable"]:
+            phase = checkpoint.state["phase"]
+            raise CheckpointError(
+                f"{folder}: this run is still in its phase {phase!r}; resume it with `covae train` first"
+            )
+        model = build_model(config)
         model.load_state_dict(checkpoint.part("model"))
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the checkpoint does not fit {CONFIG_FILE}: {error}") from error
+    except CovaeError:
+        raise
+    except Exception as error:  # of tampered files: whatever torch, or reading a state, runs into
+        raise CheckpointError(f"{folder}: the checkpoint does not fit {CONFIG_FILE}: {error!r}") from error
     digest = hashlib.sha256((folder / CHECKPOINT_FILE).read_bytes()).hexdigest()
     found = load_calibration(folder, config.data, digest) if calibrated else None
     if found is not None and isinstance(model, Vae):

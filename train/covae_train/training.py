@@ -9,6 +9,7 @@ torch counts per parameter, starts for them when they first have one.
 
 from __future__ import annotations
 
+import operator
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ from covae_train.run import (
     CONFIG_FILE,
     METRICS_FILE,
     Checkpoint,
+    alone_in,
     has_run,
     load_checkpoint,
     load_config,
@@ -149,11 +151,16 @@ class Trainer:
 
         Raises:
             TrainingError: a loss is not finite; the last good checkpoint stays.
+            CheckpointError: another training is at work in the folder.
             Interrupted: a signal came; the checkpoint is up to date.
         """
         empty = StepReport(0, 0, "", 0, 0, 0, 0, 0, dict.fromkeys(self.multipliers.values, 0.0))
-        records = Records(self.folder / METRICS_FILE, self.folder / "tensorboard", list(empty.row(0)), self.step)
-        with records, _stop_requests() as stop:
+        columns = list(empty.row(0))
+        with (
+            alone_in(self.folder),
+            Records(self.folder / METRICS_FILE, self.folder / "tensorboard", columns, self.step) as records,
+            _stop_requests() as stop,
+        ):
             while not self.finished:
                 self._begin_what_is_due()
                 for batch in self._batches_left_in_epoch():
@@ -339,17 +346,18 @@ class Trainer:
         return {} if self.adam is None else self.adam.state.get(parameter, {})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.state["data_digest"] != self._data_digest:
+        state = checkpoint.state
+        if state.get("data_digest") != self._data_digest:
             raise CheckpointError(f"{self.folder}: this run began on other images; choose another --run")
         try:
             self.model.load_state_dict(checkpoint.part("model"))
             self.multipliers.load_state_dict(checkpoint.part("multipliers"))
             self._restore_adam(checkpoint.part("adam"))
             self.random.set_state(checkpoint.tensors["random"])
-        except (RuntimeError, KeyError) as error:
+            self.step = self.saved_step = operator.index(state["step"])
+            self.seconds, self._begun = float(state["seconds"]), [str(key) for key in state["begun"]]
+        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{self.folder / CHECKPOINT_FILE}: it does not fit {CONFIG_FILE}: {error}") from error
-        self.step = self.saved_step = checkpoint.state["step"]
-        self.seconds, self._begun = checkpoint.state["seconds"], list(checkpoint.state["begun"])
 
     def _restore_adam(self, tensors: dict[str, Tensor]) -> None:
         if self.adam is None:
