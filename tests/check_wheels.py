@@ -24,12 +24,25 @@ DISTRIBUTIONS = {
     "covae_client": (ROOT / "clients", {"covae_client", "covae_core"}),
 }
 BACKEND = "covae_serving/backends/onnxruntime/model.py"
-# Only Triton has the module triton_python_backend_utils, so nobody else can import these.
-ONLY_IN_TRITON = {BACKEND}
+# Only Triton has the module triton_python_backend_utils, and LitServe comes with no extra: nobody else can import these.
+NOT_IMPORTED = {BACKEND, "covae_apps/bench/litserve_server.py"}
 HEAVY = ("torch", "onnx", "onnxruntime", "datasets", "covae_train", "covae_export", "covae_serving", "covae_apps")
 # What a serving machine does without.
 LEARNING = ("torch", "onnx", "onnxscript", "datasets", "matplotlib", "sklearn")
-COMMANDS = ("train", "evaluate", "report", "gallery", "export", "serve", "bench", "demo", "sample", "edit", "score")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "report",
+    "gallery",
+    "export",
+    "serve",
+    "bench",
+    "demo",
+    "sample",
+    "edit",
+    "score",
+    "batch",
+)
 
 IMPORT_ALL = """
 import importlib, sys
@@ -86,7 +99,7 @@ def check_contents(wheel: Path, packages: set[str]) -> list[str]:
 
 def modules(files: Sequence[str]) -> list[str]:
     """The import names of a wheel's modules, those that only Triton can import aside."""
-    sources = [Path(name) for name in files if name.endswith(".py") and name not in ONLY_IN_TRITON]
+    sources = [Path(name) for name in files if name.endswith(".py") and name not in NOT_IMPORTED]
     parts = [path.parent.parts if path.name == "__init__.py" else path.with_suffix("").parts for path in sources]
     return sorted(".".join(names) for names in parts)
 

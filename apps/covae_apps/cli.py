@@ -254,6 +254,20 @@ def bench_batch(
     run_batch(images, many, repeats, threads, folder, Console())
 
 
+@bench.command("healing")
+def bench_healing(
+    faults: Annotated[int, typer.Option(min=1, help="of each kind")] = 20,
+    folder: Folder = Path("bench"),
+) -> None:
+    """Kill and stop processes of a service again and again, and time until a client that waits is answered."""
+    use_threads(1)
+    from rich.console import Console
+
+    from covae_apps.bench.healing import run_healing
+
+    run_healing(faults, folder, Console())
+
+
 @bench.command("peers")
 def bench_peers(
     size: Annotated[str, typer.Option(metavar="HxWxC", help="of the images")] = "64x64x3",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from covae_apps.bench import batch, latency, peers, scaling, training
+from covae_apps.bench import batch, healing, latency, peers, scaling, training
 from covae_apps.bench.footprint import run_footprint
 from covae_apps.bench.generation import PHASES, run_generation
 from covae_apps.bench.latency import Quoted, as_markdown, draw_plot, open_loop, run_latency
@@ -119,6 +119,16 @@ def test_training_measures_steps_and_what_is_none(tmp_path, monkeypatch):
     assert [row.ours_ms > 0 for row in rows] == [True] * 4
     assert 0 < json.loads((tmp_path / "training.json").read_text())["rest"] < 1
     assert all(row.name in (tmp_path / "training.md").read_text() for row in rows)
+
+
+@pytest.mark.slow
+def test_healing_times_every_kind_of_fault_and_no_request_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "OPERATIONS", ("sample", "decode"))
+    monkeypatch.setattr(healing, "PAUSE_S", 0.5)
+    found = healing.run_healing(1, tmp_path, Console(quiet=True))
+    assert [(item.fault, item.errors, item.wrong) for item in found] == [(fault, 0, 0) for fault in healing.WANTED]
+    assert all(seconds > 0 for item in found for seconds in item.seconds)
+    assert "Triton stopped" in (tmp_path / "healing.md").read_text()
 
 
 @pytest.mark.slow

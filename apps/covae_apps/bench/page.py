@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from covae_apps.bench import batch, footprint, generation, latency, peers, scaling, scoring, training
+from covae_apps.bench import batch, footprint, generation, healing, latency, peers, scaling, scoring, training
 from covae_apps.bench.stopwatch import write_record
 from covae_core.errors import InvalidArgument
 
@@ -61,6 +61,12 @@ of a batch or of clients it is where more of them no longer give more images a s
         "Batch jobs",
         """What files, hashes and PNGs add to bare generation, and that memory does not grow with a job.""",
         batch.as_markdown,
+    ),
+    healing.NAME: Section(
+        "Healing",
+        """What a user notices when a process of a service dies or hangs: the supervisor puts it right, and the client
+asks again until then.""",
+        healing.as_markdown,
     ),
     footprint.NAME: Section(
         "Memory, disk, start",
