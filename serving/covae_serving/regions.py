@@ -51,16 +51,27 @@ class Regions:
 
     def hide(self) -> None:
         """Let no other user read the regions: Triton makes them readable for all, whatever its umask."""
-        for path in SHARED_MEMORY.iterdir():
-            if path.name.startswith(self.prefix):
-                with suppress(FileNotFoundError):
-                    path.chmod(0o600)
+        for path in self._own():
+            with suppress(OSError):  # it may be gone
+                path.chmod(0o600)
 
     def clear(self) -> None:
         """Remove every region; call it once no process of this service is left."""
+        for path in self._own():
+            if path != self._lock:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+    def _own(self) -> list[Path]:
+        """This user's own files with the prefix: others may write names with it too, and links."""
+        found = []
         for path in SHARED_MEMORY.iterdir():
-            if path.name.startswith(self.prefix) and path != self._lock:
-                path.unlink(missing_ok=True)
+            if path.name.startswith(self.prefix):
+                with suppress(OSError):
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid():
+                        found.append(path)
+        return found
 
     def close(self) -> None:
         """Remove the regions and the work folder, then give up the lock."""

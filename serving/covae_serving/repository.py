@@ -27,6 +27,14 @@ PARAMETERS = frozenset(field.name for field in fields(ModelSpec)) | {
 AGAIN = "export the model again with `covae export`"
 
 
+# Parameters of accelerators with these words name libraries, caches or files that they load or write.
+NAMES_OF_FILES = ("path", "plugin", "library", "file", "prefix")
+
+
+class HarmfulError(ServingError):
+    """An entry holds something that Triton would run, unpack or load."""
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """One operation of one model: as the repository holds it, then as Triton serves it."""
@@ -109,23 +117,28 @@ def _check_harmless(folder: Path, config: ModelConfig) -> None:
     """See that an entry holds nothing that Triton would run, unpack or load beside a graph and its configuration.
 
     Raises:
-        ServingError: it does.
+        HarmfulError: it does.
     """
     path = folder / "config.pbtxt"
     fields = sorted({descriptor.name for descriptor, _ in config.ListFields()} - CONFIG_FIELDS)
     if fields:
-        raise ServingError(f"{path}: found {fields[0]}, which a served model may not have; {AGAIN}")
+        raise HarmfulError(f"{path}: found {fields[0]}, which a served model may not have; {AGAIN}")
     strange = sorted(key for key in config.parameters if not (key in PARAMETERS or key.startswith("session.")))
     if strange:
-        raise ServingError(f"{path}: found the parameter {strange[0]}, which a served model may not have; {AGAIN}")
+        raise HarmfulError(f"{path}: found the parameter {strange[0]}, which a served model may not have; {AGAIN}")
     if config.default_model_filename not in ("", MODEL_FILE):
-        raise ServingError(
+        raise HarmfulError(
             f"{path}: default_model_filename is {config.default_model_filename!r}, not {MODEL_FILE!r}; {AGAIN}"
         )
+    accelerators = config.optimization.execution_accelerators
+    for accelerator in (*accelerators.gpu_execution_accelerator, *accelerators.cpu_execution_accelerator):
+        for key in accelerator.parameters:
+            if any(word in key.lower() for word in NAMES_OF_FILES):
+                raise HarmfulError(f"{path}: found the accelerator's parameter {key}, which names a file; {AGAIN}")
     for version in versions_in(folder):
         for file in (folder / str(version)).iterdir():
             if file.name != MODEL_FILE and not file.name.startswith("."):
-                raise ServingError(f"{file}: a version holds {MODEL_FILE} alone; move this file away, or {AGAIN}")
+                raise HarmfulError(f"{file}: a version holds {MODEL_FILE} alone; move this file away, or {AGAIN}")
 
 
 def _config(path: Path) -> ModelConfig:

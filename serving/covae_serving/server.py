@@ -20,7 +20,7 @@ from covae_serving.ports import LOOPBACK, choose_ports, free_port, is_free
 from covae_serving.probe import probe_request
 from covae_serving.process import TritonProcess
 from covae_serving.regions import Regions, check_folder, remove_stale
-from covae_serving.repository import ServedModel, read_model
+from covae_serving.repository import HarmfulError, ServedModel, read_model
 from covae_serving.stubs import STOPPED, Stub, find_stubs
 
 POLL_S = 0.05
@@ -145,14 +145,20 @@ class Server:
         """The repository under a name without a space or anything else that the shell between Triton and its stubs
         would read."""
         link = self._regions.folder / "models"
-        if not link.is_symlink():
-            link.symlink_to(self._repository.resolve(), target_is_directory=True)
+        link.unlink(missing_ok=True)  # it may lead elsewhere since Triton last started
+        link.symlink_to(self._repository.resolve(), target_is_directory=True)
         return link
 
     def _read_again(self, model: ServedModel) -> ServedModel:
-        """The model as the repository has it now; if it is broken, that is Triton's to say."""
+        """The model as the repository has it now; if it is broken, that is Triton's to say.
+
+        Raises:
+            HarmfulError: it holds what Triton would run.
+        """
         try:
             return read_model(self._repository, model.name, model.operation)
+        except HarmfulError:
+            raise
         except (ServingError, OSError):
             return model
 
@@ -191,6 +197,8 @@ class Server:
             else:
                 self.models[model_name] = self._read_again(self.models[model_name])
                 self.connection.load(model_name, None, self._timing.reload_s)
+        except HarmfulError as error:
+            raise ModelRefusedError(str(error)) from error
         except grpc.RpcError as error:
             reason = f"{error.code().name}: {readable(error.details())}"
             if error.code() in NO_ANSWER:

@@ -337,3 +337,14 @@ def test_many_small_segments_of_a_jpeg_take_no_time(kind, picture):
     opened = time.process_time()
     images.open_image(content[:2] + segments(kind, 100_000, b"Exif\0\0ab") + content[2:])
     assert spent < 12 * (time.process_time() - opened)  # four times the segments, not sixteen times the time
+
+
+def test_bytes_that_fill_a_jpeg_take_no_time(picture):
+    plain = io.BytesIO()
+    picture.save(plain, "JPEG")
+    content = plain.getvalue()
+    filled = content[:2] + b"\xff" * 3_000_000 + content[2:]
+    begun = time.process_time()
+    found = images.open_image(filled)
+    assert time.process_time() - begun < 2  # 5 s and more if each byte were a segment
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content))))

@@ -102,3 +102,12 @@ def test_a_wait_beyond_the_deadline_is_not_begun():
     with pytest.raises(ConnectionFailed):
         with_retries(fail, retry=Retry(first_wait_s=100, longest_wait_s=100), request_s=10, stop=Event())
     assert len(calls) == 1
+
+
+def test_what_is_not_asked_again_takes_nothing_from_the_budget():
+    budget = Budget()
+    for _ in range(8):
+        budget.wait_s()
+    assert budget.wait_s(0.1) is None
+    assert budget.wait_s(0.1) is None
+    assert budget.wait_s() == pytest.approx(0.25, abs=0.05)

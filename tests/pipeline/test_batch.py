@@ -233,6 +233,42 @@ def test_broken_pictures_are_listed_and_stop_nothing(made, pictures, model, serv
     assert job.verify(regenerate=3) == []
 
 
+def test_a_store_that_is_away_ends_the_job_and_rejects_nothing(pictures, model, server, tmp_path, monkeypatch):
+    """Not a picture's fault: it is read when the job goes on."""
+    from covae_client.batch import inputs
+
+    monkeypatch.setattr(inputs, "READ_PAUSE_S", 0.01)
+    job = batch.score(model.name, inputs=pictures, out=tmp_path / "job", num_samples=6, server=server)
+    hidden = pictures.rename(pictures.with_name("away"))
+    link = pictures
+    link.symlink_to(hidden)
+    found = job.inputs()
+    link.unlink()
+    with pytest.raises(StoreError, match="it is no longer there"):
+        list(found.read(range(5)))
+    hidden.rename(pictures)
+    (pictures / "0.png").rename(pictures / "kept")
+    (pictures / "0.png").mkdir()
+    with pytest.raises(StoreError, match="cannot be read"):
+        list(found.read(range(5)))
+    (pictures / "0.png").rmdir()
+    (pictures / "kept").rename(pictures / "0.png")
+    assert job.run().done
+    assert len(table(tmp_path / "job")) == 5
+
+
+def test_inputs_are_found_as_score_finds_them_and_none_twice(pictures, model, server, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(pictures)
+    places = [tmp_path / "in", pictures / "0.png", tmp_path / "in"]
+    job = batch.score(model.name, inputs=places, out=tmp_path / "job", num_samples=6, server=server)
+    assert job.specification.count == 8  # seven through the link, one by its own name
+    with pytest.raises(InvalidArgument, match=r"--out: found .*, which lies in the input"):
+        batch.score(model.name, inputs=[tmp_path / "in"], out=tmp_path / "in" / "job", server=server)
+    with pytest.raises(InvalidArgument, match="expected a path that is UTF-8"):
+        batch.score(model.name, inputs=["/tmp/\udcff"], out=tmp_path / "x", server=server)
+
+
 def test_pictures_that_changed_are_no_longer_the_jobs(pictures, model, server, tmp_path):
     shutil.copytree(pictures, tmp_path / "pictures")
     job = batch.score(model.name, inputs=[tmp_path / "pictures"], out=tmp_path / "job", num_samples=6, server=server)
@@ -311,6 +347,7 @@ def test_a_shard_that_is_no_longer_itself_is_found_and_made_again(spoil, problem
 
     (fault,) = job.verify(regenerate=3)
     assert (fault.shard, problem in fault.problem) == (1, True), fault.problem
+    assert fault.damaged
     code, _, err = Running(["verify", tmp_path, "--discard", "--regenerate", 0]).end()
     assert code == 1
     assert "1 of 3 shards are wrong" in err
@@ -341,7 +378,10 @@ def test_rows_that_are_whole_but_not_the_models_are_found_by_making_them_again(m
 
     assert job.verify(regenerate=0) == []
     (fault,) = job.verify(regenerate=2)
-    assert (fault.shard, "it has other rows" in fault.problem) == (1, True)
+    assert (fault.shard, "it has other rows" in fault.problem, fault.damaged) == (1, True, False)
+    code, _, _ = Running(["verify", tmp_path, "--discard", "--regenerate", 2, "--server", server]).end()
+    assert code == 1
+    assert len(shards_in(tmp_path)) == 2  # it is whole: another processor may have made it
 
 
 def test_another_training_run_is_refused_and_nothing_is_written(model, server, tmp_path):
@@ -419,6 +459,8 @@ def test_another_job_in_the_folder_is_refused_and_stays(model, server, tmp_path)
         ({"count": 3, "shard_size": 0}, "--shard-size: found 0"),
         ({"count": 3, "file_format": "zip"}, "format: found 'zip'; expected parquet or webdataset"),
         ({"count": 3, "out": "nowhere://x"}, "nowhere://x: found a URL that cannot be opened"),
+        ({"count": 3, "out": "http://x/y"}, r"found a store \(http\) that does not put a file into place whole"),
+        ({"count": 2**31, "shard_size": 1}, "which makes 2147483648 shards .* choose a larger --shard-size"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(options, message, model, server, tmp_path):

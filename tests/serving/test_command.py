@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from covae_serving.errors import ServingError
+from covae_serving.health import Timing
 from covae_serving.regions import SHARED_MEMORY
+from covae_serving.server import Server
 from covae_serving.service import Service
 
 pytestmark = pytest.mark.slow
@@ -164,6 +166,33 @@ def test_what_a_service_has_is_readable_by_nobody_else(toy_repository, traces):
         modes = {path: Path(path).stat().st_mode & 0o077 for path in traces()}
     assert len(modes) >= 3
     assert not any(modes.values()), modes
+
+
+def test_an_entry_that_became_harmful_is_not_loaded_at_a_restart(toy_repository, tmp_path):
+    shutil.copytree(toy_repository, tmp_path / "repository")
+    with Service(tmp_path / "repository", operations=["decode"], grpc_port=0, metrics_port=0) as service:
+        server = Server(tmp_path / "repository", service.models, "127.0.0.1", 0, Timing(), stopping=lambda: False)
+        path = tmp_path / "repository" / "toy_decode" / "config.pbtxt"
+        path.write_text(
+            path.read_text() + 'parameters { key: "EXECUTION_ENV_PATH" value { string_value: "/tmp/evil.tar.gz" } }'
+        )
+        try:
+            with pytest.raises(ServingError, match="the parameter EXECUTION_ENV_PATH"):
+                server._read_again(service.models[0])
+        finally:
+            server.stop()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may write another user's files")
+def test_files_of_another_user_with_a_services_prefix_do_not_end_it(toy_repository, traces):
+    with Service(toy_repository, operations=["decode"], grpc_port=0, metrics_port=0) as service:
+        lock = next(Path(path) for path in traces() if path.endswith("-lock"))
+        planted = lock.with_name(lock.name.removesuffix("lock") + "planted")
+        planted.write_text("")
+        os.chown(planted, 12345, 12345)
+        assert service.ready
+    assert planted.exists()
+    planted.unlink()
 
 
 @pytest.mark.parametrize("name", ["with space", "modèles", "$(touch owned)"])

@@ -111,6 +111,11 @@ def test_another_backend_is_refused(tmp_path, write_toy):
         ('ensemble_scheduling { step { model_name: "x" model_version: -1 } }', "ensemble_scheduling"),
         ('runtime: "evil.so"', "found runtime"),
         ('platform: "tensorflow_savedmodel"', "found platform"),
+        (
+            'optimization { execution_accelerators { gpu_execution_accelerator { name: "tensorrt" '
+            'parameters { key: "trt_extra_plugin_lib_paths" value: "evil.so" } } } }',
+            "the accelerator's parameter trt_extra_plugin_lib_paths",
+        ),
         ('default_model_filename: "../other.onnx"', "default_model_filename is '../other.onnx'"),
     ],
 )

@@ -59,6 +59,24 @@ def target(address: str) -> str:
     return kind + ",".join(item[family] for item in found)
 
 
+def each(address: str) -> list[str]:
+    """The addresses of single servers behind one: those with commas between, or all that a dns: name has now.
+
+    Raises:
+        ConnectionFailed: a name has no address.
+    """
+    parts = address.split(",")
+    if len(parts) > 1 or not address.startswith("dns:"):
+        return parts
+    host, port = _split(PREFIX.sub("", address))
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConnectionFailed(f"{address}: this name has no address ({error}); check it") from error
+    hosts = dict.fromkeys(place[0] for _, _, _, _, place in found)
+    return [f"[{name}]:{port}" if ":" in str(name) else f"{name}:{port}" for name in hosts]
+
+
 def channel_options(address: str) -> list[tuple[str, Any]]:
     """gRPC's options for a channel to that address."""
     parts = address.split(",")

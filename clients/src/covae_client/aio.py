@@ -211,14 +211,16 @@ class AsyncTransport:
         self._connecting: asyncio.Lock | None = None
         self._connected = self._closed = self._doubted = False
         self._budget = Budget()
+        self._left: list[Any] = []
         self._attempts = 0
         self._failure: ServerError | None = None
 
     async def close(self) -> None:
         """End the connection; calls in flight fail."""
         self._closed = True
-        if self._triton is not None:
-            await self._triton.close()
+        for client in (*self._left, self._triton):
+            if client is not None:
+                await client.close()
 
     async def run(self, steps: Steps[Result]) -> Result:
         """Ask the questions of a catalogue's steps, and give what they come to."""
@@ -317,8 +319,8 @@ class AsyncTransport:
                 await old.is_server_live(client_timeout=max(0.001, min(PROBE_S, seconds / 2)))
             except Exception:  # whatever it says, it is no answer
                 if not self._closed:
+                    self._left.append(old)  # as in Transport
                     self._triton = self._opened()
-                    await old.close()
             self._doubted = False
 
     def _opened(self) -> Any:

@@ -186,7 +186,8 @@ def resume(
     from covae_client.batch.engine import open_job
 
     job = open_job(folder, server)
-    _run(job, job.resume, threads, engine, as_json, metrics_port)
+    job.revive()
+    _run(job, job.run, threads, engine, as_json, metrics_port)
 
 
 @app.command()
@@ -228,7 +229,7 @@ def verify(
         typer.Option("--regenerate", min=0, help="Make so many shards again on the server, and compare their bytes."),
     ] = 1,
     discard: Annotated[
-        bool, typer.Option("--discard", help="Remove the shards that are wrong; resume makes them.")
+        bool, typer.Option("--discard", help="Remove shards that are damaged; resume makes them.")
     ] = False,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
@@ -241,10 +242,10 @@ def verify(
     faults = job.verify(regenerate)
     for fault in faults:
         typer.echo(json.dumps(asdict(fault)) if as_json else f"{fault.name}: {fault.problem}", err=not as_json)
-        if discard:
+        if discard and fault.damaged:
             job.store.remove(fault.name)
     if faults:
-        then = f"`covae batch resume {folder}` makes them again" if discard else "--discard removes them"
+        then = f"`covae batch resume {folder}` makes them again" if discard else "--discard removes what is damaged"
         typer.echo(f"{len(faults)} of {there} shards are wrong; {then}", err=True)
         raise typer.Exit(1)
     if not as_json:
@@ -344,7 +345,11 @@ def _terminated_as_interrupted() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {name: signal.signal(name, interrupt) for name in (signal.SIGTERM, signal.SIGHUP)}
+    # Some systems have no SIGHUP; `nohup` has it ignored, and so it stays.
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {
+        number: signal.signal(number, interrupt) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:

@@ -47,7 +47,8 @@ class Retry:
     The wait before attempt k + 1 is drawn between 0 and min(first_wait_s · 2^(k-1), longest_wait_s), so that clients do
     not come back all at once; and all requests of a client together ask again at most BURST times at once and then
     once every PACE_S seconds. attempts: how many in all at most, whatever request_s allows; None: FAULTS of a server
-    that answers that it failed, as it may fail for good, and any number of one that does not answer. Asking again is
+    that answers that it failed, as it may fail for good, and any number of one that does not answer, or does not have
+    the model now, as while it heals. Asking again is
     safe: every request carries its seeds, so the same model has the same answer. `Retry(attempts=1)` never asks again.
 
     Raises:
@@ -81,12 +82,16 @@ class Budget:
     def __init__(self) -> None:
         self._lock, self._next = Lock(), 0.0
 
-    def wait_s(self) -> float:
-        """Seconds until the next attempt may be made; it is then spoken for."""
+    def wait_s(self, most_s: float = float("inf")) -> float | None:
+        """Seconds until the next attempt may be made, which is then spoken for; None if that is more than most_s."""
         with self._lock:
             now = time.monotonic()
-            self._next = max(self._next, now - BURST * PACE_S) + PACE_S
-            return max(0.0, self._next - now)
+            following = max(self._next, now - BURST * PACE_S) + PACE_S
+            wait_s = max(0.0, following - now)
+            if wait_s >= most_s:
+                return None
+            self._next = following
+            return wait_s
 
 
 class Attempts:
@@ -108,11 +113,12 @@ class Attempts:
         self._failures += 1
         if not self._retry.allows(self._failures, error):
             return None
-        wait_s = max(self._retry.wait_s(self._failures), self._budget.wait_s())
-        if wait_s >= self.seconds_left:
+        left, wait_s = self.seconds_left, self._retry.wait_s(self._failures)
+        paced = None if wait_s >= left else self._budget.wait_s(left)
+        if paced is None:
             return None
         self._on_retry()
-        return wait_s
+        return max(wait_s, paced)
 
 
 def with_retries(

@@ -143,6 +143,7 @@ class Transport:
         self._attempts = 0
         self._failure: ServerError | None = None
         self._requests = Requests(settings.metrics, settings.tracer)
+        self._left: list[Any] = []
         self._triton = _triton_client(settings.address, settings.tls)
 
     def __reduce__(self) -> tuple[type[Transport], tuple[Settings]]:
@@ -151,7 +152,8 @@ class Transport:
     def close(self) -> None:
         """End the connection; calls in flight fail."""
         self._closed.set()
-        self._triton.close()
+        for client in (*self._left, self._triton):
+            client.close()
 
     def call(
         self,
@@ -255,8 +257,9 @@ class Transport:
                 old.is_server_live(client_timeout=max(0.001, min(PROBE_S, seconds / 2)))
             except Exception:  # whatever it says, it is no answer
                 if not self._closed.is_set():
+                    # Closed with the client: others may have calls on it, which end by their own deadlines.
+                    self._left.append(old)
                     self._triton = _triton_client(self.settings.address, self.settings.tls)
-                    old.close()
             self._doubted = False
 
     def _attempt(self, action: str, rpc: Callable[..., Any], seconds: float, *arguments: Any, **options: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 from collections.abc import Iterable
 from contextlib import suppress
@@ -31,6 +32,7 @@ JPEG_SIGNATURE = b"\xff\xd8"
 # Of a JPEG's segments: from these on come pixels, or the end; metadata, some of which says how colours are kept.
 JPEG_PIXELS = (0xDA, 0xD9, 0xD8)
 JPEG_EXIF = 0xE1
+JPEG_FILL = re.compile(rb"\xff+")
 JPEG_METADATA = (*range(0xE0, 0xF0), 0xFE)
 JPEG_COLOURS = (0xE0, 0xEE)
 # What a PNG's pixels need, and its orientation; text and colour profiles may be larger than Pillow reads.
@@ -183,10 +185,11 @@ def _plain_jpeg(content: bytes) -> bytes:
     place, exif = len(JPEG_SIGNATURE), False
     while place + 4 <= len(content) and content[place] == 0xFF and content[place + 1] not in JPEG_PIXELS:
         marker, size = content[place + 1], int.from_bytes(content[place + 2 : place + 4], "big")
-        segment = content[place : place + 2 + size]
-        if marker == 0xFF:  # a byte that fills
-            place += 1
+        if marker == 0xFF:  # bytes that fill
+            filled = JPEG_FILL.match(content, place)
+            place = filled.end() - 1 if filled else place + 1
             continue
+        segment = content[place : place + 2 + size]
         is_exif = marker == JPEG_EXIF and segment[4:10] == b"Exif\0\0"
         if marker not in JPEG_METADATA or marker in JPEG_COLOURS or (is_exif and not exif):
             kept.append(segment)

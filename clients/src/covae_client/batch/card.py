@@ -35,6 +35,8 @@ def write(store: Store, job: Specification) -> None:
         store.replace(SHEET, encode_png(contact_sheet(first[:SHEET_IMAGES])))
     if lines:
         store.replace(REJECTS, ("\n".join(lines) + "\n").encode())
+    else:
+        store.remove(REJECTS)
     store.replace(CARD, text(job, rows, rejected, sheet=first is not None).encode())
 
 

@@ -16,9 +16,9 @@ from covae_client.batch.inputs import Inputs
 from covae_client.batch.shards import to_bytes
 from covae_client.batch.specification import FILE, Specification
 from covae_client.batch.store import Store
-from covae_client.batch.work import make
+from covae_client.batch.work import Cancelled, JobError, check_digest, make, same_run
 from covae_client.client import DEFAULT_ADDRESS, Client
-from covae_client.errors import CovaeError, InvalidArgument
+from covae_client.errors import InvalidArgument
 from covae_client.metrics import batch_metrics_in
 from covae_client.model import Model
 from covae_client.retry import Timeout
@@ -44,14 +44,6 @@ class Event:
     rejects: int
     sha256: str
     seconds: float
-
-
-class JobError(CovaeError):
-    """A job cannot go on; what it has made stays, and `resume` makes the rest."""
-
-
-class Cancelled(JobError):
-    """Someone cancelled it."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +99,12 @@ class Job:
 
     def resume(self, **options: Any) -> Status:
         """Run what is missing, also of a job that was cancelled; options as of `run`."""
-        self.store.remove(CANCELLED)
+        self.revive()
         return self.run(**options)
+
+    def revive(self) -> None:
+        """Take a cancellation back."""
+        self.store.remove(CANCELLED)
 
     def run(
         self,
@@ -152,7 +148,7 @@ class Job:
         if order:
             self._make_all(order, inputs, threads, metrics, tell, stop or Flag())
         status = self.status()
-        if status.done:
+        if status.done and (order or not self.store.exists(card.CARD)):
             card.write(self.store, job)
         return status
 
@@ -166,7 +162,7 @@ class Job:
         try:
             rows = make(job, model, inputs, shard, check)
             content = to_bytes(job, shard, rows)
-            _same_run(job, model)  # it may have been changed meanwhile
+            same_run(job, model, self.server)  # it may have been changed meanwhile
         except MemoryError as error:
             raise JobError(
                 f"shard {shard}: no memory for {job.shard_size} rows; choose a smaller --shard-size"
@@ -211,7 +207,8 @@ class Job:
 
     def _model(self, client: Client) -> Model:
         model = client.model(self.specification.model)
-        _check_digest(self.specification, model.spec.run_digest)
+        same_run(self.specification, model, self.server)
+        check_digest(self.specification, model.spec.run_digest)
         return model
 
     def verify(self, regenerate: int = 1) -> list[verification.Fault]:
@@ -314,15 +311,3 @@ def begin(url: str | os.PathLike[str], specification: Specification, server: str
             "folder, or `covae batch resume` it"
         )
     return found
-
-
-def _same_run(job: Specification, model: Model) -> None:
-    _check_digest(job, model.served_digest())
-
-
-def _check_digest(job: Specification, digest: str) -> None:
-    if digest != job.run_digest:
-        raise JobError(
-            f"{job.model}: the server now has another training run of it ({digest[:12]}…, the job's is "
-            f"{job.run_digest[:12]}…); nothing of it was written. Serve the job's model and resume, or make a new job"
-        )

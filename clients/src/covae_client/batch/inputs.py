@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
+import threading
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol
 
-from covae_client.errors import ImageFileError, InvalidArgument
-from covae_core.images import EXTENSIONS, MAX_FILE_BYTES
+from covae_client.batch.store import StoreError
+from covae_client.errors import CovaeError, ImageFileError, InvalidArgument
+from covae_core.images import EXTENSIONS, MAX_FILE_BYTES, list_images
 
 # Rows of a Parquet file's image column: bytes, or Hugging Face's struct of bytes and path.
 IMAGE_COLUMNS = ("image", "img", "bytes")
+ARCHIVES = (".tar", ".parquet")
+# How often a file is asked for, and the seconds between: a store may be away for a moment.
+READS, READ_PAUSE_S = 4, 1.0
 
 
 class Source(Protocol):
@@ -72,7 +81,7 @@ class Tar:
         yield f"{self.path} {self.size} {len(self.members)}"
 
     def read(self, rows: range) -> Iterator[tuple[str, bytes | ImageFileError]]:
-        with self.fs.open(self.path, "rb") as file:
+        with _reading(self.path), self.fs.open(self.path, "rb") as file:
             for row in rows:
                 name, place, size = self.members[row]
                 shown = f"{self.path}:{name}"
@@ -97,6 +106,7 @@ class Parquet:
     size: int
     column: str
     groups: Sequence[int]
+    kept: threading.local = field(default_factory=threading.local, compare=False)
 
     def __len__(self) -> int:
         return self.groups[-1]
@@ -105,31 +115,60 @@ class Parquet:
         yield f"{self.path} {self.size} {len(self)} {self.column}"
 
     def read(self, rows: range) -> Iterator[tuple[str, bytes | ImageFileError]]:
-        with self.fs.open(self.path, "rb") as handle, _opened(handle) as file:
-            for group in range(len(self.groups) - 1):
-                first, stop = self.groups[group], self.groups[group + 1]
-                inside = range(max(first, rows.start), min(stop, rows.stop))
-                if inside:
-                    column = file.read_row_group(group, [self.column]).column(0)
-                    for row in inside:
-                        yield f"{self.path}:{row}", _picture(column[row - first].as_py(), f"{self.path}:{row}")
+        for group in range(len(self.groups) - 1):
+            first, stop = self.groups[group], self.groups[group + 1]
+            inside = range(max(first, rows.start), min(stop, rows.stop))
+            if inside:
+                column = self._column(group)
+                for row in inside:
+                    yield f"{self.path}:{row}", _picture(column[row - first].as_py(), f"{self.path}:{row}")
+
+    def _column(self, group: int) -> Any:
+        """The pictures of a group, kept until this thread asks for another."""
+        if getattr(self.kept, "group", None) != group:
+            with _reading(self.path), self.fs.open(self.path, "rb") as handle, _opened(handle) as file:
+                self.kept.column = file.read_row_group(group, [self.column]).column(0)
+                self.kept.group = group
+        return self.kept.column
 
 
 def _picture(value: Any, name: str) -> bytes | ImageFileError:
     found = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(found, bytes):
-        return found
+        too_large = len(found) > MAX_FILE_BYTES
+        return ImageFileError(f"{name}: the file is larger than {MAX_FILE_BYTES} bytes") if too_large else found
     return ImageFileError(f"{name}: this row holds no picture's bytes")
 
 
 def _limited(name: str, size: int, read: Any) -> bytes:
     if size > MAX_FILE_BYTES:
         raise ImageFileError(f"{name}: the file is larger than {MAX_FILE_BYTES} bytes")
+    for attempt in range(1, READS + 1):
+        try:
+            content: bytes = read()
+            return content
+        except FileNotFoundError as error:
+            raise StoreError(f"{name}: it is no longer there, so the job cannot go on; make a new one") from error
+        except Exception as error:  # what the store's own library raises
+            if attempt == READS:
+                raise StoreError(f"{name}: cannot be read: {error}") from error
+            time.sleep(READ_PAUSE_S * attempt)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What cannot be read now ends the job and is no picture's fault: it may be read tomorrow.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
     try:
-        content: bytes = read()
-    except Exception as error:  # what the store's own library raises
-        raise ImageFileError(f"{name}: cannot be read: {error}") from error
-    return content
+        yield
+    except (CovaeError, GeneratorExit):
+        raise
+    except Exception as error:  # the store's own, tarfile's and pyarrow's
+        raise StoreError(f"{name}: cannot be read: {error}") from error
 
 
 class Inputs:
@@ -140,7 +179,8 @@ class Inputs:
     """
 
     def __init__(self, places: Sequence[str]) -> None:
-        self._sources = [source for place in places for source in _sources(place)]
+        seen: set[str] = set()
+        self._sources = [source for place in places for source in _sources(place, seen)]
         self._ends = list(accumulate(map(len, self._sources)))
 
     def __len__(self) -> int:
@@ -165,7 +205,8 @@ class Inputs:
             yield from source.read(range(max(rows.start, begin) - begin, min(rows.stop, end) - begin))
 
 
-def _sources(place: str) -> Iterator[Source]:
+def _sources(place: str, seen: set[str]) -> Iterator[Source]:
+    """Those at a place, without what was seen at another already."""
     import fsspec
 
     try:
@@ -173,25 +214,42 @@ def _sources(place: str) -> Iterator[Source]:
         if not fs.exists(path):
             raise InvalidArgument(f"--input: found {place!r}; there is no such file or folder")
         if not fs.isdir(path):
-            yield _source(fs, path, int(fs.size(path)))
-            return
-        found = fs.find(path, detail=True)
+            sizes, pictures, archives = {path: int(fs.size(path))}, [path], list[str]()
+        elif isinstance(fs, fsspec.implementations.local.LocalFileSystem):
+            sizes, pictures, archives = _in_folder(path)
+        else:
+            found = fs.find(path, detail=True, on_error="raise")
+            sizes = {name: int(entry.get("size") or 0) for name, entry in found.items() if not _hidden(name, path)}
+            pictures = sorted(name for name in sizes if name.lower().endswith(EXTENSIONS))
+            archives = sorted(name for name in sizes if name.lower().endswith(ARCHIVES))
     except InvalidArgument:
         raise
     except Exception as error:  # what the store's own library raises
         raise InvalidArgument(f"--input: {place!r} cannot be read: {error}") from error
-    sizes = {name: int(entry.get("size") or 0) for name, entry in found.items() if not _hidden(name, path)}
-    pictures = sorted(name for name in sizes if name.lower().endswith(EXTENSIONS))
-    archives = sorted(name for name in sizes if name.lower().endswith((".tar", ".parquet")))
     if not pictures and not archives:
         raise InvalidArgument(
             f"--input: found no picture in {place!r}; expected files that end in {', '.join(EXTENSIONS)}, .tar or "
             ".parquet"
         )
-    if pictures:
-        yield Files(fs, pictures, [sizes[name] for name in pictures])
-    for name in archives:
-        yield _source(fs, name, sizes[name])
+    protocol = str(fs.protocol)
+    new = [name for name in (*pictures, *archives) if f"{protocol} {name}" not in seen]
+    seen |= {f"{protocol} {name}" for name in new}
+    single = [name for name in new if not name.lower().endswith(ARCHIVES)]
+    if single:
+        yield Files(fs, single, [sizes[name] for name in single])
+    for name in new:
+        if name.lower().endswith(ARCHIVES):
+            yield _source(fs, name, sizes[name])
+
+
+def _in_folder(path: str) -> tuple[dict[str, int], list[str], list[str]]:
+    """Sizes, pictures and archives of a folder of this machine, as `covae score` searches it."""
+    listing = list_images(Path(path))
+    if listing.unreadable:
+        raise InvalidArgument(f"--input: {listing.unreadable[0]}")
+    pictures = [str(name) for name in listing.images]
+    archives = [str(name) for name in listing.others if name.name.lower().endswith(ARCHIVES)]
+    return {name: os.path.getsize(name) for name in (*pictures, *archives)}, pictures, archives
 
 
 def _hidden(name: str, folder: str) -> bool:
@@ -208,13 +266,11 @@ def _source(fs: Any, path: str, size: int) -> Source:
                     if entry.isfile() and entry.name.lower().endswith(EXTENSIONS)
                 ]
             return Tar(fs, path, size, members)
-        if path.lower().endswith(".parquet"):
-            return _parquet(fs, path, size)
+        return _parquet(fs, path, size)
     except InvalidArgument:
         raise
     except Exception as error:  # tarfile's, pyarrow's and the store's own
         raise InvalidArgument(f"--input: {path!r} cannot be read: {error}") from error
-    return Files(fs, [path], [size])
 
 
 def _parquet(fs: Any, path: str, size: int) -> Parquet:

@@ -10,10 +10,13 @@ from covae_client import arguments
 from covae_client.batch.engine import Job, begin
 from covae_client.batch.inputs import Inputs
 from covae_client.batch.specification import Specification
+from covae_client.batch.store import Store
 from covae_client.client import DEFAULT_ADDRESS, Client
 from covae_client.errors import InvalidArgument, NotFound
 
 SHARD_SIZE = 1000
+# Beyond this nothing is left of what an edit fixes.
+MOST_SOFTNESS = 1000.0
 URL = str | os.PathLike[str]
 
 
@@ -91,8 +94,8 @@ def edit(
     Raises:
         InvalidArgument: as `generate`, or an edit is not there. ServerError: as `generate`.
     """
-    if not softness >= 0:
-        raise InvalidArgument(f"--softness: found {softness}; expected 0 or more")
+    if not 0 <= softness <= MOST_SOFTNESS:
+        raise InvalidArgument(f"--softness: found {softness}; expected a number from 0 to {MOST_SOFTNESS:g}")
     options = {
         "seed": arguments.seed("--seed", seed),
         "index": arguments.integer("--index", index, 0, arguments.MAX_INDEX),
@@ -115,12 +118,17 @@ def _begin(
     file_format: str,
     server: str,
 ) -> Job:
+    Store(out)  # whether there can be a job, before anything else
     with Client(server) as client:
         served = client.model(model)
         lacking = [name for name in needs if name not in served.operations]
         if lacking:
             raise NotFound(f"{model}: {server} does not serve its operation {lacking[0]!r}, which this job needs")
         spec = served.spec
+    places = [places] if isinstance(places, (str, os.PathLike)) else places
+    for place in places:
+        if _is_inside(_absolute(out), _absolute(place)):
+            raise InvalidArgument(f"--out: found {out}, which lies in the input {place}; choose a folder outside of it")
     found = Inputs([_absolute(place) for place in places])
     if places and not len(found):
         raise InvalidArgument(f"--input: found no picture in {', '.join(map(str, places))}")
@@ -143,4 +151,12 @@ def _begin(
 def _absolute(place: URL) -> str:
     """A path that means the same from any folder; a URL as it is."""
     text = os.fspath(place)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"--input, --out: found {text!r}; expected a path that is UTF-8") from None
     return text if "://" in text else os.path.abspath(text)
+
+
+def _is_inside(place: str, folder: str) -> bool:
+    return place == folder or place.startswith(folder.rstrip("/") + "/")

@@ -10,6 +10,7 @@ from typing import Any
 
 from covae_client.batch.engine import Event, Job, Status, open_job
 from covae_client.errors import InvalidArgument
+from covae_client.metrics import batch_metrics_in
 
 # Tasks that wait for each core, so that none idles while this program looks.
 AHEAD = 2
@@ -25,7 +26,7 @@ def run_on_ray(
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Status:
     """As `Job.run`, on the cluster that RAY_ADDRESS or this machine's Ray names; every node must reach the job's folder
-    and its server. threads: cores that a shard takes of the cluster.
+    and its server. threads: of no meaning here; each shard takes a core of the cluster.
 
     Raises:
         InvalidArgument: Ray is not installed, or there is no cluster. JobError, ServerError, StoreError: as `Job.run`.
@@ -43,10 +44,12 @@ def run_on_ray(
             "RAY_ADDRESS"
         ) from error
     # Ray calls a task again where its node has died; a shard that is there is left alone.
-    task = ray.remote(num_cpus=threads, max_retries=-1)(_shard)
+    task = ray.remote(num_cpus=1, max_retries=-1)(_shard)
+    counter = None if metrics is None else batch_metrics_in(metrics)
+    job.refuse_cancelled()
     missing = list(job.status().missing)
     running: list[Any] = []
-    most = max(1, AHEAD * int(ray.cluster_resources().get("CPU", 1)) // threads)
+    most = max(1, AHEAD * int(ray.cluster_resources().get("CPU", 1)))
     try:
         while missing or running:
             while missing and len(running) < most:
@@ -58,6 +61,9 @@ def run_on_ray(
                 except ray.exceptions.RayTaskError as error:
                     raise error.as_instanceof_cause() from None
                 if event is not None:
+                    if counter is not None and event["kind"] == "done":
+                        specification = job.specification
+                        counter.count(specification.model, specification.operation, event["rows"], event["rejects"])
                     on_event(Event(**event))
     finally:
         for result in running:

@@ -14,6 +14,7 @@ from covae_client.errors import InvalidArgument
 FILE = "job.json"
 VERSION = 1
 FORMATS = {"parquet": "parquet", "webdataset": "tar"}
+MOST_SHARDS = 1_000_000
 OPERATIONS = ("generate", "score", "edit")
 
 
@@ -50,6 +51,12 @@ class Specification:
         for name in ("count", "shard_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise InvalidArgument(f"{name}: found {getattr(self, name)!r}; expected a whole number from 1 on")
+
+        if self.shards > MOST_SHARDS:
+            raise InvalidArgument(
+                f"shard_size: found {self.shard_size}, which makes {self.shards} shards of {self.count} rows; expected "
+                f"{MOST_SHARDS} shards at most: choose a larger --shard-size"
+            )
 
     @property
     def shards(self) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
-import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,9 @@ Result = TypeVar("Result")
 # Where files of this machine are written before they are put into place, hidden from whoever lists the folder.
 ASIDE = ".aside"
 # What a disk says that has no hard links.
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV, errno.EMLINK)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
+# Stores that put a file into place by one step, which fails where there is one if it is told to.
+ATOMIC = ("file", "memory", "s3", "gs", "abfs")
 
 
 class StoreError(CovaeError):
@@ -26,7 +28,7 @@ class StoreError(CovaeError):
 
 
 class Store:
-    """A folder at a path or any URL of fsspec's: file, s3, gs, memory, …
+    """A folder at a path, or at a URL of fsspec's whose store is one of ATOMIC
 
     Raises:
         InvalidArgument: there is no such kind of URL, or what it needs is not installed.
@@ -42,8 +44,16 @@ class Store:
             self._fs, self._root = fsspec.core.url_to_fs(self.url)
         except (ValueError, ImportError, OSError) as error:
             raise InvalidArgument(f"{self.url}: found a URL that cannot be opened: {error}") from error
-        self._local = "file" in _kinds(self._fs)
+        kinds = _kinds(self._fs)
+        if not set(kinds) & set(ATOMIC):
+            raise InvalidArgument(
+                f"{self.url}: found a store ({kinds[0]}) that does not put a file into place whole; expected one of "
+                f"{', '.join(ATOMIC)}"
+            )
+        self._local = "file" in kinds
         self._root = self._root.rstrip("/")
+        if self._local:  # the same from any folder, for workers elsewhere
+            self.url = self._root
 
     def __repr__(self) -> str:
         return f"<Store {self.url}>"
@@ -98,6 +108,11 @@ class Store:
                 self._fs.pipe_file(self._at(name), content, mode="create")
             except FileExistsError:
                 return False
+            except Exception:
+                # Not every store says why it refused; another worker may have been first.
+                if self.exists(name):
+                    return False
+                raise
             return True
 
         return self._told(name, "written", put)
@@ -115,12 +130,8 @@ class Store:
                 return
             place = Path(self._at(name))
             place.parent.mkdir(parents=True, exist_ok=True)
-            aside = self._write_aside(content)
-            try:
+            with self._aside(content) as aside:
                 aside.replace(place)
-            except OSError:
-                aside.unlink()
-                raise
 
         self._told(name, "written", put)
 
@@ -138,18 +149,18 @@ class Store:
         self._told(name, "removed", take)
 
     def sweep(self) -> None:
-        """Remove what workers of this machine left that died while they wrote."""
-        if not self._local:
+        """Remove what workers left that died while they wrote: nobody holds its lock."""
+        folder = Path(self._root, ASIDE)
+        if not self._local or not folder.is_dir():
             return
-        for path in Path(self._root, ASIDE).glob(f"{socket.gethostname()}.*"):
-            writer = path.name.split(".")[-2]
-            if writer.isdecimal() and not Path("/proc", writer).exists():
-                path.unlink(missing_ok=True)
+        for path in folder.iterdir():
+            with suppress(OSError), path.open("rb") as file:  # it may be gone, or its writer alive
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
     def _publish_on_disk(self, place: Path, content: bytes) -> bool:
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._write_aside(content)
-        try:
+        with self._aside(content) as aside:
             try:
                 os.link(aside, place)
             except FileExistsError:
@@ -162,22 +173,23 @@ class Store:
                 os.rename(aside, place)
             _sync(place.parent)
             return True
-        finally:
-            aside.unlink(missing_ok=True)
 
-    def _write_aside(self, content: bytes) -> Path:
+    @contextmanager
+    def _aside(self, content: bytes) -> Iterator[Path]:
+        """A file with that content, synced, which is gone afterwards unless it was moved; its lock says that its writer
+        lives."""
         folder = Path(self._root, ASIDE)
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}"
+        aside = folder / secrets.token_hex(12)
         try:
             with aside.open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+                yield aside
+        finally:
             aside.unlink(missing_ok=True)
-            raise
-        return aside
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -197,6 +209,9 @@ def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(handle)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from covae_client.batch.shards import ShardError, from_bytes, to_bytes
-from covae_client.batch.work import make
+from covae_client.batch.work import make, same_run
 
 if TYPE_CHECKING:
     from covae_client.batch.engine import Job
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a shard."""
+    """What is wrong with a shard. damaged: it is not what was written; else it is whole, but made again it differs."""
 
     shard: int
     name: str
     problem: str
+    damaged: bool
 
 
 def sha256(content: bytes) -> str:
@@ -43,7 +44,7 @@ def verify(job: Job, regenerate: int = 1) -> list[Fault]:
             from_bytes(job.specification, shard, job.store.read(job.specification.name(shard)))
         except ShardError as error:
             name = job.specification.name(shard)
-            faults.append(Fault(shard, name, str(error).removeprefix(f"{name}: ")))
+            faults.append(Fault(shard, name, str(error).removeprefix(f"{name}: "), damaged=True))
     broken = {fault.shard for fault in faults}
     chosen = _spread([shard for shard in there if shard not in broken], regenerate)
     return sorted([*faults, *_made_again(job, chosen)], key=lambda fault: fault.shard)
@@ -57,6 +58,7 @@ def _made_again(job: Job, shards: Sequence[int]) -> list[Fault]:
     with job.model() as model:
         for shard in shards:
             rows = make(specification, model, inputs, shard, lambda: None)
+            same_run(specification, model, job.server)
             found = job.store.read(specification.name(shard))
             if to_bytes(specification, shard, rows) == found:
                 continue
@@ -66,7 +68,7 @@ def _made_again(job: Job, shards: Sequence[int]) -> list[Fault]:
                 if same
                 else "made again it has other rows: another kind of processor made it, or it was altered"
             )
-            faults.append(Fault(shard, specification.name(shard), problem))
+            faults.append(Fault(shard, specification.name(shard), problem, damaged=False))
     return faults
 
 

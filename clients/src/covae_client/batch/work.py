@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from covae_client.addresses import each
 from covae_client.batch.inputs import Inputs
 from covae_client.batch.shards import SCORES, Rows, number
 from covae_client.batch.specification import Specification
-from covae_client.errors import ImageFileError
+from covae_client.client import Client
+from covae_client.errors import (
+    ConnectionFailed,
+    CovaeError,
+    DeadlineExceeded,
+    ImageFileError,
+    InvalidRequest,
+    ServerError,
+    ServerFault,
+)
 from covae_client.model import BeyondReach, Model
+from covae_client.retry import Timeout
 from covae_client.scored_files import printable
 from covae_core.images import fit_image, load_edit, open_image
 
@@ -21,7 +33,47 @@ from covae_core.images import fit_image, load_edit, open_image
 BLOCK = 256
 SCORED_BLOCK = 32
 
+# For a word from one of several servers.
+ASK = Timeout(connect_s=2.0, request_s=10.0)
+
 Check = Callable[[], None]
+
+
+class JobError(CovaeError):
+    """A job cannot go on; what it has made stays, and `resume` makes the rest."""
+
+
+class Cancelled(JobError):
+    """Someone cancelled it."""
+
+
+def check_digest(job: Specification, digest: str) -> None:
+    """See that a served model is the job's.
+
+    Raises:
+        JobError: it is another training run.
+    """
+    if digest != job.run_digest:
+        raise JobError(
+            f"{job.model}: the server now has another training run of it ({digest[:12]}…, the job's is "
+            f"{job.run_digest[:12]}…); nothing of it was written. Serve the job's model and resume, or make a new job"
+        )
+
+
+def same_run(job: Specification, model: Model, server: str) -> None:
+    """See that the server still has the job's model, or each of several: any of them may have answered.
+
+    Raises:
+        JobError: one has another training run.
+    """
+    servers = each(server)
+    if len(servers) == 1:
+        check_digest(job, model.served_digest())
+        return
+    for address in servers:
+        # One that does not answer now is left, as it was when it was asked for rows.
+        with suppress(ConnectionFailed, DeadlineExceeded), Client(address, timeout=ASK, retry=1) as client:
+            check_digest(job, client.model(job.model).spec.run_digest)
 
 
 def make(job: Specification, model: Model, inputs: Inputs | None, shard: int, check: Check) -> Rows:
@@ -77,12 +129,29 @@ def _scored(job: Specification, model: Model, inputs: Inputs, rows: range, check
                 images[index] = fit_image(open_image(content, name), model.spec.image_shape)
             except ImageFileError as error:
                 found.rejects.append({"index": index, "file": names[index], "error": printable(str(error))})
-        if images:
-            scores = _scores(job, model, np.stack(list(images.values())))
-            found.values += [
-                {"index": index, "file": names[index], **values} for index, values in zip(images, scores, strict=True)
-            ]
+        for index, values in _scored_singly(job, model, images):
+            if isinstance(values, ServerError):
+                found.rejects.append({"index": index, "file": names[index], "error": printable(str(values))})
+            else:
+                found.values.append({"index": index, "file": names[index], **values})
+    found.rejects.sort(key=lambda reject: int(reject["index"]))
     return found
+
+
+def _scored_singly(
+    job: Specification, model: Model, images: Mapping[int, NDArray[np.uint8]]
+) -> Iterator[tuple[int, dict[str, float | None] | ServerError]]:
+    """Scores of pictures by their indices: together, or where the model fails on one of them each by itself."""
+    if not images:
+        return
+    try:
+        yield from zip(images, list(_scores(job, model, np.stack(list(images.values())))), strict=True)
+    except (ServerFault, InvalidRequest) as error:
+        if len(images) == 1:
+            yield next(iter(images)), error
+            return
+        for index, image in images.items():
+            yield from _scored_singly(job, model, {index: image})
 
 
 def _edited(job: Specification, model: Model, inputs: Inputs, rows: range, check: Check) -> Rows:
@@ -104,11 +173,15 @@ def _edited(job: Specification, model: Model, inputs: Inputs, rows: range, check
             continue
         softness = np.full(len(inside), job.options["softness"], np.float32)
         first = inside.start - edit * samples
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BeyondReach)  # each row says how far it is
-            result = model.condition(
-                latent, mask, pixels, softness=softness, seed=job.options["noise_seed"], start=start + first
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", BeyondReach)  # each row says how far it is
+                result = model.condition(
+                    latent, mask, pixels, softness=softness, seed=job.options["noise_seed"], start=start + first
+                )
+        except (ServerFault, InvalidRequest) as error:  # of this edit
+            found.rejects += [{"index": index, "file": name, "error": printable(str(error))} for index in inside]
+            continue
         images.append(result.sample)
         found.values += [
             {

@@ -413,7 +413,9 @@ def sent(name: str, array: Array, halved: bool) -> Array:
     Raises:
         OutputError: a number is not finite, or too large for 16 bits.
     """
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    # An importance weight of nothing has the logarithm −∞; those are the outputs of 64 bits.
+    bad = np.isnan(array).any() or np.isposinf(array).any() if array.dtype == np.float64 else False
+    if bad or (array.dtype == np.float32 and not np.isfinite(array).all()):
         raise OutputError(f"output {name}: the model gave a number that is not finite; nothing was sent")
     if not halved:
         return array
