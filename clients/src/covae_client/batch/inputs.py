@@ -218,7 +218,7 @@ def _sources(place: str, seen: set[str]) -> Iterator[Source]:
         elif isinstance(fs, fsspec.implementations.local.LocalFileSystem):
             sizes, pictures, archives = _in_folder(path)
         else:
-            found = fs.find(path, detail=True, on_error="raise")
+            found = fs.find(path, detail=True)
             sizes = {name: int(entry.get("size") or 0) for name, entry in found.items() if not _hidden(name, path)}
             pictures = sorted(name for name in sizes if name.lower().endswith(EXTENSIONS))
             archives = sorted(name for name in sizes if name.lower().endswith(ARCHIVES))
