@@ -11,6 +11,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Let the tests of a folder, which share what was trained and exported, run in one process of several."""
     for item in items:
