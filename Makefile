@@ -17,10 +17,10 @@ demo: .venv/.installed ## the main job on real images: train, export, serve, sam
 	exec $(BIN)/covae demo --data $(DATA)
 
 test: .venv/.installed ## every test, the slow ones against a real Triton too
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
 
 quick: .venv/.installed ## the tests that are not marked slow
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) -m "not slow"
 
 check: .venv/.installed ## ruff, mypy --strict, both wheels, and every module from a clean environment
 	$(BIN)/ruff check

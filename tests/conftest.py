@@ -2,7 +2,6 @@
 
 import signal
 import socket
-from pathlib import Path
 
 import pytest
 
@@ -11,12 +10,16 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Let the tests of a folder, which share what was trained and exported, run in one process of several."""
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "/".join(nodeid.split("/")[:2])
+
+    return ByFolder(config, log)
 
 
 @pytest.fixture
