@@ -17,7 +17,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByFolder(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return "/".join(nodeid.split("/")[:2])
+            return "/".join(nodeid.partition("::")[0].split("/")[:2])
 
     return ByFolder(config, log)
 
