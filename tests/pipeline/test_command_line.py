@@ -54,7 +54,7 @@ def test_sample_writes_the_images_of_the_seed(covae, service, sos, tmp_path):
     done = covae("sample", NAME, "-n", 3, "--seed", 4, "--start", 2, "--out", "out", "--server", service.grpc_address)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "3 images: out\n", "")
-    files = sorted((tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("*.png"))
     assert [file.name for file in files] == ["0002.png", "0003.png", "0004.png"]
     np.testing.assert_array_equal([read(file) for file in files], sos.sample(3, seed=4, start=2))
 
