@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from covae_serving.errors import ServingError
+from covae_serving.stubs import STUB
 
-STUB = "triton_python_backend_stub"
 STUB_TRIAL_S = 10.0
 OWN_BACKEND = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
 

@@ -11,19 +11,18 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from covae_serving.errors import ServingError
+from covae_serving.stubs import find_stubs
 
 SHARED_MEMORY = Path("/dev/shm")
 NAME = "covae-"
 LOCK_NAME = re.compile(r"(?P<prefix>covae-[0-9]{1,10}-[0-9a-f]{8}-)lock")
 SAFE_PATH = re.compile(r"[A-Za-z0-9/._-]+")
-STUB = "triton_python_backend_stub"
 
 
 class Regions:
@@ -147,11 +146,7 @@ def _remove_all(prefix: str) -> None:
 
 def _end_processes(prefix: str) -> None:
     """Kill stubs that outlived their supervisor: at work when it was killed, they hold their memory for good."""
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
-        with suppress(OSError):  # it has ended meanwhile, or is another user's
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            ours = folder.stat().st_uid == os.getuid() and Path(os.fsdecode(words[0])).name == STUB
-            if ours and any(prefix.encode() in word for word in words):
-                os.kill(int(folder.name), signal.SIGKILL)
+    for stub in find_stubs(prefix):
+        with suppress(OSError):  # it has ended meanwhile
+            if Path("/proc", str(stub.pid)).stat().st_uid == os.getuid():
+                stub.kill()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+# The program's name.
+STUB = "triton_python_backend_stub"
 # The kernel's letters for a process that a signal or a debugger has stopped.
 STOPPED = ("T", "t")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -52,7 +54,8 @@ def _all(region_prefix: str) -> Iterator[Stub]:
             # argv: the stub, …/MODEL/VERSION/model.onnx, the region's name, …
             arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
             fields = _stat(int(folder.name))
-            if fields and len(arguments) > 2 and arguments[2].startswith(region_prefix):
+            is_stub = Path(arguments[0]).name == STUB and len(arguments) > 2
+            if fields and is_stub and arguments[2].startswith(region_prefix):
                 model_name = Path(arguments[1]).parents[1].name
                 yield Stub(int(folder.name), int(fields[19]), model_name, arguments[2])
 

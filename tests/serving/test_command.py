@@ -125,8 +125,9 @@ def test_a_killed_supervisor_leaves_no_server_and_the_next_one_clears_the_rest(r
 
 def outliving(prefix: str) -> subprocess.Popen[bytes]:
     """A process that looks like a stub of the service with that prefix."""
-    words = ["/somewhere/triton_python_backend_stub", "-c", "import time; time.sleep(60)", f"{prefix}region"]
-    return subprocess.Popen(words, executable=sys.executable)
+    words = ["/somewhere/triton_python_backend_stub", "/dev/stdin", f"{prefix}region"]
+    with subprocess.Popen(["echo", "import time; time.sleep(60)"], stdout=subprocess.PIPE) as program:
+        return subprocess.Popen(words, executable=sys.executable, stdin=program.stdout)
 
 
 def test_a_stub_that_outlived_its_supervisor_is_ended_by_the_next_service(toy_repository):

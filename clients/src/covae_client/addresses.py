@@ -68,13 +68,7 @@ def each(address: str) -> list[str]:
     parts = address.split(",")
     if len(parts) > 1 or not address.startswith("dns:"):
         return parts
-    host, port = _split(PREFIX.sub("", address))
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise ConnectionFailed(f"{address}: this name has no address ({error}); check it") from error
-    hosts = dict.fromkeys(place[0] for _, _, _, _, place in found)
-    return [f"[{name}]:{port}" if ":" in str(name) else f"{name}:{port}" for name in hosts]
+    return list(dict.fromkeys(place for _, place in _looked_up(PREFIX.sub("", address))))
 
 
 def channel_options(address: str) -> list[tuple[str, Any]]:
@@ -107,13 +101,23 @@ def _split(part: str) -> tuple[str, str]:
 
 
 def _resolved(part: str) -> dict[int, str]:
+    """The first address of each family."""
+    return dict(reversed(_looked_up(part)))
+
+
+def _looked_up(part: str) -> list[tuple[int, str]]:
+    """The addresses that HOST:PORT has now, each with its family.
+
+    Raises:
+        ConnectionFailed: the name has none.
+    """
     host, port = _split(part)
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ConnectionFailed(f"{part}: this name has no address ({error}); check it") from error
-    return {
-        family: f"[{place[0]}]:{port}" if family == socket.AF_INET6 else f"{place[0]}:{port}"
-        for family, _, _, _, place in reversed(found)
+    return [
+        (family, f"[{place[0]}]:{port}" if family == socket.AF_INET6 else f"{place[0]}:{port}")
+        for family, _, _, _, place in found
         if family in (socket.AF_INET, socket.AF_INET6)
-    }
+    ]

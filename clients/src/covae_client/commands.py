@@ -145,7 +145,7 @@ def edit(
 
 
 def _latent_of(model: Model, seed: int, index: int, image: Path | None) -> Any:
-    """What is edited: one of the seed's latents, the encoder's mean of a picture, or a model's only density."""
+    """What is edited: `latent_of` a seed, or the encoder's mean of a picture."""
     if not model.spec.latents:
         if image is not None:
             raise InvalidArgument(f"--image: found {image}, but {model.name} has no latents: it is one density")
@@ -153,6 +153,13 @@ def _latent_of(model: Model, seed: int, index: int, image: Path | None) -> Any:
     if image is not None:
         found = model.encode(image)
         return {name: item.mean for name, item in found.items()} if isinstance(found, dict) else found.mean
+    return latent_of(model, seed, index)
+
+
+def latent_of(model: Model, seed: int, index: int) -> Any:
+    """One of the seed's latents; None for a model without any, which is one density."""
+    if not model.spec.latents:
+        return None
     drawn = model.latents(1, seed=seed, start=index)
     return {name: item[0] for name, item in drawn.items()} if isinstance(drawn, dict) else drawn[0]
 

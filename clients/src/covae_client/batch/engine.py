@@ -136,21 +136,27 @@ class Job:
         status = self.status()
         self.refuse_cancelled()
         inputs = self.inputs() if job.inputs and status.missing else None
-        counter = None if metrics is None else batch_metrics_in(metrics)
-
-        def tell(event: Event) -> None:
-            if counter is not None and event.kind == "done":
-                counter.count(job.model, job.operation, event.rows, event.rejects)
-            on_event(event)
-
         first = job.shards * worker // workers
         order = sorted(status.missing, key=lambda shard: (shard - first) % job.shards)
         if order:
-            self._make_all(order, inputs, threads, metrics, tell, stop or Flag())
+            self._make_all(order, inputs, threads, metrics, self.counted(metrics, on_event), stop or Flag())
         status = self.status()
         if status.done and (order or not self.store.exists(card.CARD)):
             card.write(self.store, job)
         return status
+
+    def counted(self, metrics: Any, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+        """What counts the shards that this worker put into place, and passes every event on."""
+        if metrics is None:
+            return on_event
+        job, counter = self.specification, batch_metrics_in(metrics)
+
+        def tell(event: Event) -> None:
+            if event.kind == "done":
+                counter.count(job.model, job.operation, event.rows, event.rejects)
+            on_event(event)
+
+        return tell
 
     def make_shard(self, model: Model, inputs: Inputs | None, shard: int, check: Callable[[], None]) -> Event:
         """Make one shard and put it into place.

@@ -10,7 +10,6 @@ from typing import Any
 
 from covae_client.batch.engine import Event, Job, Status, open_job
 from covae_client.errors import InvalidArgument
-from covae_client.metrics import batch_metrics_in
 
 # Tasks that wait for each core, so that none idles while this program looks.
 AHEAD = 2
@@ -45,7 +44,7 @@ def run_on_ray(
         ) from error
     # Ray calls a task again where its node has died; a shard that is there is left alone.
     task = ray.remote(num_cpus=1, max_retries=-1)(_shard)
-    counter = None if metrics is None else batch_metrics_in(metrics)
+    tell = job.counted(metrics, on_event)
     job.refuse_cancelled()
     missing = list(job.status().missing)
     running: list[Any] = []
@@ -61,10 +60,7 @@ def run_on_ray(
                 except ray.exceptions.RayTaskError as error:
                     raise error.as_instanceof_cause() from None
                 if event is not None:
-                    if counter is not None and event["kind"] == "done":
-                        specification = job.specification
-                        counter.count(specification.model, specification.operation, event["rows"], event["rejects"])
-                    on_event(Event(**event))
+                    tell(Event(**event))
     finally:
         for result in running:
             ray.cancel(result, force=True)

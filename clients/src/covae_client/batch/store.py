@@ -28,7 +28,7 @@ class StoreError(CovaeError):
 
 
 class Store:
-    """A folder at a path, or at a URL of fsspec's whose store is one of ATOMIC
+    """A folder at a path, or at a URL of fsspec's whose store is one of ATOMIC.
 
     Raises:
         InvalidArgument: there is no such kind of URL, or what it needs is not installed.

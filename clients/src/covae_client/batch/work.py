@@ -15,6 +15,7 @@ from covae_client.batch.inputs import Inputs
 from covae_client.batch.shards import SCORES, Rows, number
 from covae_client.batch.specification import Specification
 from covae_client.client import Client
+from covae_client.commands import latent_of
 from covae_client.errors import (
     ConnectionFailed,
     CovaeError,
@@ -128,14 +129,18 @@ def _scored(job: Specification, model: Model, inputs: Inputs, rows: range, check
                     raise content
                 images[index] = fit_image(open_image(content, name), model.spec.image_shape)
             except ImageFileError as error:
-                found.rejects.append({"index": index, "file": names[index], "error": printable(str(error))})
+                found.rejects.append(_reject(index, names[index], error))
         for index, values in _scored_singly(job, model, images):
             if isinstance(values, ServerError):
-                found.rejects.append({"index": index, "file": names[index], "error": printable(str(values))})
+                found.rejects.append(_reject(index, names[index], values))
             else:
                 found.values.append({"index": index, "file": names[index], **values})
     found.rejects.sort(key=lambda reject: int(reject["index"]))
     return found
+
+
+def _reject(index: int, name: str, error: CovaeError) -> dict[str, Any]:
+    return {"index": index, "file": name, "error": printable(str(error))}
 
 
 def _scored_singly(
@@ -157,30 +162,26 @@ def _scored_singly(
 def _edited(job: Specification, model: Model, inputs: Inputs, rows: range, check: Check) -> Rows:
     """Row i is draw i mod samples of edit i // samples, the same as `covae edit` draws of it."""
     samples, start = job.options["samples"], job.options["index"]
-    latent = _latent(model, job.options["seed"], start)
+    latent = latent_of(model, job.options["seed"], start)
     found, images = Rows(), []
     for edit in range(rows.start // samples, (rows.stop - 1) // samples + 1):
         check()
         ((name, content),) = inputs.read(range(edit, edit + 1))
         name = printable(name)
         inside = range(max(rows.start, edit * samples), min(rows.stop, (edit + 1) * samples))
+        softness = np.full(len(inside), job.options["softness"], np.float32)
+        first = inside.start - edit * samples
         try:
             if isinstance(content, ImageFileError):
                 raise content
             mask, pixels = load_edit(content, model.spec.image_shape, name)
-        except ImageFileError as error:
-            found.rejects += [{"index": index, "file": name, "error": printable(str(error))} for index in inside]
-            continue
-        softness = np.full(len(inside), job.options["softness"], np.float32)
-        first = inside.start - edit * samples
-        try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", BeyondReach)  # each row says how far it is
                 result = model.condition(
                     latent, mask, pixels, softness=softness, seed=job.options["noise_seed"], start=start + first
                 )
-        except (ServerFault, InvalidRequest) as error:  # of this edit
-            found.rejects += [{"index": index, "file": name, "error": printable(str(error))} for index in inside]
+        except (ImageFileError, ServerFault, InvalidRequest) as error:  # of this edit
+            found.rejects += [_reject(index, name, error) for index in inside]
             continue
         images.append(result.sample)
         found.values += [
@@ -195,10 +196,3 @@ def _edited(job: Specification, model: Model, inputs: Inputs, rows: range, check
         ]
     found.images = np.concatenate(images) if images else None
     return found
-
-
-def _latent(model: Model, seed: int, index: int) -> Any:
-    if not model.spec.latents:
-        return None
-    drawn = model.latents(1, seed=seed, start=index)
-    return {name: item[0] for name, item in drawn.items()} if isinstance(drawn, dict) else drawn[0]
