@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import os
 import shutil
 import signal
@@ -11,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -19,6 +22,7 @@ from pathlib import Path
 from covae_core.contract import MOST_NAME, NAME_PATTERN, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, Operation, served_names
+from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, write_release
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
 from covae_export.graphs import build_graph, describe
@@ -28,15 +32,14 @@ from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 from covae_train.threads import use_threads
 
-MODEL_FILE = "model.onnx"
 # Images that one row of `draw` yields.
 DRAW_SAMPLES = 8
 # What the batches of `score` may take, and what a pixel of one decoder pass takes: twelve float64 maps of width 64.
 SCORE_BYTES = 2 * 2**30
 SCORE_PIXEL_BYTES = 12 * 64 * 8
-CONFIG_FILE = "config.pbtxt"
 # Operations exported at a time, unless told; each takes a gigabyte.
 MOST_JOBS = 4
+STAGING = ".staging-"
 LONGEST = ("condition", "score", "surprise")
 
 
@@ -80,7 +83,9 @@ def export_run(
     jobs: operations at a time, each in a process of its own; None: as many as there are cores, MOST_JOBS at most.
 
     The graphs of the operations that the model can do are written and checked in a hidden folder of the repository,
-    then moved into place: a failure leaves the repository as it was, and a version that is there is never changed.
+    then moved into place, and the replacement of one file makes them the model: killed at any moment, it leaves the
+    version before or the new one, whole. A version that is there is never changed. One export publishes at a time; what
+    killed ones left is removed.
 
     Raises:
         InvalidArgument: `name` cannot name a Triton model, the model cannot do one of `operations`, or the repository
@@ -102,21 +107,18 @@ def export_run(
             f"{', '.join(spec.operations)} would leave behind; choose another --name, or remove what is there of it"
         )
     wanted = [OPERATIONS[operation] for operation in spec.operations]
-    staging = _staging_folder(repository)
     try:
-        disagreements = []
-        stage = partial(_stage, run.model, name, spec, deployment, staging)
-        for operation, found in _each(stage, wanted, jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))):
-            on_operation(operation)
-            disagreements += found()
-        refuse_unacceptable(disagreements)
-        version = _next_version(repository, name)
-        for operation in wanted:
-            _publish(staging / operation.name, repository / served_name(name, operation.name), version)
+        with _staging_folder(repository) as staging:
+            disagreements = []
+            stage = partial(_stage, run.model, spec, deployment.threads, staging)
+            for operation, found in _each(stage, wanted, jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))):
+                on_operation(operation)
+                disagreements += found()
+            refuse_unacceptable(disagreements)
+            with _locked(repository):
+                version = publish(staging, repository, name, spec, deployment)
     except OSError as error:
         raise ExportError(f"{repository}: cannot publish {name}: {error}") from error
-    finally:
-        shutil.rmtree(staging)
     return Exported(name, version, repository, disagreements)
 
 
@@ -138,12 +140,49 @@ def find_leftovers(repository: Path, name: str, spec: ModelSpec) -> list[str]:
     return [served for served in others if (repository / served).exists()]
 
 
-def _staging_folder(repository: Path) -> Path:
+@contextmanager
+def _staging_folder(repository: Path) -> Iterator[Path]:
+    """A folder of the repository to write to, removed at the end; those that killed exports left are removed first.
+
+    A lock shows that its export lives; the kernel gives it up with the process.
+    """
     try:
         repository.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".staging-", dir=repository))
+        with _locked(repository):
+            _sweep(repository)
+            folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=repository))
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise ExportError(f"{repository}: cannot be a model repository: {error}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(lock)
+
+
+def _sweep(repository: Path) -> None:
+    for folder in repository.glob(f"{STAGING}*"):
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        except BlockingIOError:
+            pass  # its export is at work
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def _locked(repository: Path) -> Iterator[None]:
+    """The only export that changes the repository now; others wait."""
+    lock = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 Stage = Callable[[Operation], list[Disagreement]]
@@ -200,19 +239,15 @@ def _result(found: Future[list[tuple[str, float, float]]], operation: Operation)
         ) from error
 
 
-def _stage(
-    model: ImageModel, name: str, spec: ModelSpec, deployment: Deployment, staging: Path, operation: Operation
-) -> list[Disagreement]:
+def _stage(model: ImageModel, spec: ModelSpec, threads: int, staging: Path, operation: Operation) -> list[Disagreement]:
     folder = staging / operation.name
     folder.mkdir()
     convert(build_graph(operation, model, spec), folder / MODEL_FILE)
-    config = build_config(name, spec, operation, **vars(_deployment_of(operation, spec, deployment)))
-    (folder / CONFIG_FILE).write_text(to_text(config))
-    found = verify(model, spec, operation, folder / MODEL_FILE, deployment.threads)
+    found = verify(model, spec, operation, folder / MODEL_FILE, threads)
     if operation.exact and not all(item.acceptable for item in found):
         # A density as sharp as D = 1e-5 multiplies what float32 convolutions lose into whole nats.
         convert(build_graph(operation, model, spec, float64=True), folder / MODEL_FILE)
-        found = verify(model, spec, operation, folder / MODEL_FILE, deployment.threads)
+        found = verify(model, spec, operation, folder / MODEL_FILE, threads)
     return found
 
 
@@ -231,6 +266,35 @@ def default_score_samples(image_shape: tuple[int, int, int]) -> int:
     return max(1, min(10, 10 * 64 * 64 // (height * width)))
 
 
+def publish(staging: Path, repository: Path, name: str, spec: ModelSpec, deployment: Deployment) -> int:
+    """Publish graphs as the next version of a model, which comes back; staging: OPERATION/model.onnx of each of spec's.
+
+    Moves the folders into place, then switches to them, then tells it to Tritons that nobody supervises.
+    """
+    version = _next_version(repository, name)
+    graphs = {operation: _sha256(staging / operation / MODEL_FILE) for operation in spec.operations}
+    spec = spec.exported(graphs)
+    for operation in spec.operations:
+        wanted = vars(_deployment_of(OPERATIONS[operation], spec, deployment))
+        config = build_config(name, spec, OPERATIONS[operation], version, graphs[operation], **wanted)
+        (staging / operation / CONFIG_FILE).write_text(to_text(config))
+    entries = {operation: repository / served_name(name, operation) for operation in spec.operations}
+    for operation, entry in entries.items():
+        entry.mkdir(exist_ok=True)
+        (staging / operation).rename(entry / str(version))
+    write_release(repository, name, Release(version, spec.operations, spec.model_digest))
+    for entry in entries.values():
+        draft = entry / f".{CONFIG_FILE}.draft"
+        shutil.copyfile(entry / str(version) / CONFIG_FILE, draft)
+        draft.replace(entry / CONFIG_FILE)
+    return version
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _next_version(repository: Path, name: str) -> int:
     """One more than the highest version of any operation, so that all always share a number."""
     entries = (repository / served for served in served_names(name).values())
@@ -238,12 +302,3 @@ def _next_version(repository: Path, name: str) -> int:
         int(path.name) for entry in entries if entry.is_dir() for path in entry.iterdir() if path.name.isdigit()
     ]
     return max(versions, default=0) + 1
-
-
-def _publish(staged: Path, entry: Path, version: int) -> None:
-    """Move a version and its configuration into place, each by one rename."""
-    entry.mkdir(exist_ok=True)
-    config = staged / CONFIG_FILE
-    config.rename(entry / f".{CONFIG_FILE}.{version}")
-    staged.rename(entry / str(version))
-    (entry / f".{CONFIG_FILE}.{version}").replace(entry / CONFIG_FILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from covae_core.contract import PLATFORM_BACKEND, ModelSpec, TensorSpec, served_name
+from covae_core.contract import GRAPH_DIGEST, PLATFORM_BACKEND, ModelSpec, TensorSpec, served_name
 from covae_core.operations import Operation
 
 INSTANCE_KINDS = {
@@ -19,6 +19,8 @@ def build_config(
     name: str,
     spec: ModelSpec,
     operation: Operation,
+    version: int,
+    graph_digest: str,
     *,
     max_batch_size: int = 64,
     instances: int = 1,
@@ -29,6 +31,8 @@ def build_config(
     """The configuration of one operation of the model `name`.
 
     Args:
+        version: the one that it is of; Triton serves no other
+        graph_digest: the SHA-256 of the operation's graph, which the backend checks when it loads it
         instances: processes per model (per GPU with `gpu`)
         instance_kind: `cpu`, `gpu`, or `auto` (the GPU where there is one; needs the extra `gpu` there)
         threads: threads with which one instance runs its graph on the CPU
@@ -44,13 +48,17 @@ def build_config(
         input=[pb.ModelInput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in operation.inputs(spec)],
         output=[pb.ModelOutput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in operation.outputs(spec)],
         instance_group=[pb.ModelInstanceGroup(count=instances, kind=INSTANCE_KINDS[instance_kind])],
-        version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
+        version_policy=pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=[version])),
         model_warmup=[_warm_up(spec, operation)],
     )
     config.dynamic_batching.SetInParent()
     if max_queue_size:
         config.dynamic_batching.default_queue_policy.max_queue_size = max_queue_size
-    values = spec.to_parameters() | {"operation": operation.name, "intra_op_thread_count": str(threads)}
+    values = spec.to_parameters() | {
+        "operation": operation.name,
+        GRAPH_DIGEST: graph_digest,
+        "intra_op_thread_count": str(threads),
+    }
     for key, value in values.items():
         config.parameters[key].string_value = value
     return config

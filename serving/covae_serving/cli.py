@@ -22,7 +22,22 @@ def serve(
         int | None,
         typer.Option(min=0, max=65535, help="Metrics port; 0 picks a free one.  [8002; with --port 0 a free one]"),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. gRPC asks nobody who they are.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond this machine with TLS, or --insecure.")
+    ] = "127.0.0.1",
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The server's certificate and its chain, in PEM format.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="The certificate's key.")] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Clients must have a certificate of this authority.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Clients must send the token that this file holds.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without TLS: images are readable on the way.")
+    ] = False,
     open_protocols: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,6 +58,7 @@ def serve(
 
     The first Ctrl-C (or SIGTERM) lets the requests in flight finish; a second one ends everything at once.
     """
+    from covae_serving.access import Access
     from covae_serving.service import Service
 
     log_to_stderr(verbose)
@@ -56,6 +72,7 @@ def serve(
         host=host,
         open_protocols=open_protocols or [],
         trace_url=trace_url,
+        access=Access(tls_cert, tls_key, client_ca, token_file, insecure),
     )
     run_until_signal(service)
 

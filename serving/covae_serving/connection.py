@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import grpc
-from google.protobuf.json_format import MessageToJson
 from tritonclient.grpc import service_pb2 as messages
-from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelVersionPolicy
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from covae_serving.access import Access
 
 # Not inference, health, metadata and model-config: clients need these, and they change nothing.
 RESTRICTED = ("shared-memory", "model-repository", "logging", "trace", "statistics")
@@ -18,7 +20,7 @@ STATISTICS_S = 0.25
 class Connection:
     """A connection to one Triton; every call may raise grpc.RpcError."""
 
-    def __init__(self, address: str, key: str) -> None:
+    def __init__(self, address: str, key: str, access: Access, folder: Path) -> None:
         options = [
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", -1),
@@ -30,8 +32,9 @@ class Connection:
             # Channels to the same address share a connection, and so a dead server's backoff, unless told not to.
             ("grpc.use_local_subchannel_pool", 1),
         ]
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = access.channel(address, folder, options)
         self._stub = GRPCInferenceServiceStub(self._channel)
+        self._user = access.metadata()
         self._admin = ((f"triton-grpc-protocol-{KEY_NAME}", key),)
 
     def close(self) -> None:
@@ -40,29 +43,18 @@ class Connection:
 
     def identity(self, timeout_s: float) -> str:
         """The id that the server at this address was started with."""
-        return str(self._stub.ServerMetadata(messages.ServerMetadataRequest(), timeout=timeout_s).name)
+        return str(
+            self._stub.ServerMetadata(messages.ServerMetadataRequest(), timeout=timeout_s, metadata=self._user).name
+        )
 
     def unavailable(self) -> dict[str, str]:
         """The models that are in the repository's index but not ready, each with Triton's reason."""
         index = self._stub.RepositoryIndex(messages.RepositoryIndexRequest(), timeout=CALL_S, metadata=self._admin)
         return {model.name: model.reason for model in index.models if model.state not in ("READY", "")}
 
-    def served_config(self, model_name: str) -> ModelConfig:
-        """The configuration that the server runs a model with, for the very versions that it serves."""
-        answer = self._stub.ModelConfig(messages.ModelConfigRequest(name=model_name), timeout=CALL_S)
-        request = messages.RepositoryIndexRequest(ready=True)
-        index = self._stub.RepositoryIndex(request, timeout=CALL_S, metadata=self._admin)
-        config = ModelConfig()
-        config.CopyFrom(answer.config)
-        versions = [int(model.version) for model in index.models if model.name == model_name]
-        config.version_policy.CopyFrom(ModelVersionPolicy(specific=ModelVersionPolicy.Specific(versions=versions)))
-        return config
-
-    def load(self, model_name: str, config: ModelConfig | None, timeout_s: float) -> None:
-        """Load a model, with this configuration in the place of its file's; returns once it has loaded."""
+    def load(self, model_name: str, timeout_s: float) -> None:
+        """Load a model; returns once it has loaded."""
         request = messages.RepositoryModelLoadRequest(model_name=model_name)
-        if config is not None:
-            request.parameters["config"].string_param = MessageToJson(config, preserving_proto_field_name=True)
         self._stub.RepositoryModelLoad(request, timeout=timeout_s, metadata=self._admin)
 
     def unload(self, model_name: str, timeout_s: float) -> None:
@@ -78,4 +70,4 @@ class Connection:
 
     def infer(self, request: messages.ModelInferRequest, timeout_s: float) -> grpc.Future:
         """Send an inference; the future that comes back is also a grpc.Call."""
-        return self._stub.ModelInfer.future(request, timeout=timeout_s)
+        return self._stub.ModelInfer.future(request, timeout=timeout_s, metadata=self._user)

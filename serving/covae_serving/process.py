@@ -13,23 +13,50 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
+from covae_serving.launcher import UNTRACEABLE
+from covae_serving.secrets import NotHiddenError, hand_over, hidden
+
+LOG = logging.getLogger("covae.serve")
 TRITON_LOG = logging.getLogger("covae.triton")
 LAUNCHER = Path(__file__).with_name("launcher.py")
 LOG_LINES = 400
+SHOWN = (
+    "the kernel lets no process be traced here, so Triton's command line shows the service's key to every user of this "
+    "machine: keep others off it, or allow ptrace (docs/security.md)"
+)
 
 
 class TritonProcess:
     """A running `tritonserver` in a session of its own, so that the terminal's Ctrl-C does not reach it.
 
     It dies with the *thread* that creates it, even by SIGKILL (see `launcher.py`): create it in one that lives as long
-    as the server should. It runs in `folder`. Its log goes to the logger "covae.triton" at level DEBUG.
+    as the server should. It runs in `folder`. No other user sees the arguments that are a `Secret`. Its log goes to the
+    logger "covae.triton" at level DEBUG.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
         self._closed = False
-        self._child = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *command],
+        shown, secrets = hidden(command)
+        try:
+            self._child = self._launch(shown, {**environment, **secrets}, folder, traced=bool(secrets))
+            if secrets:
+                hand_over(self._child.pid, secrets, Path(command[0]))
+        except NotHiddenError as error:
+            self._child.wait()
+            if self._child.returncode == UNTRACEABLE:
+                LOG.warning(SHOWN)
+                self._child = self._launch(list(command), environment, folder, traced=False)
+            else:
+                TRITON_LOG.debug("Triton's program did not start: %s", error)
+        self._reader = Thread(target=self._read, name="covae-triton-log", daemon=True)
+        self._reader.start()
+
+    def _launch(
+        self, command: list[str], environment: Mapping[str, str], folder: Path, traced: bool
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), str(int(traced)), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -43,8 +70,6 @@ class TritonProcess:
             # Regions, sockets and temporary files hold users' tensors.
             umask=0o077,
         )
-        self._reader = Thread(target=self._read, name="covae-triton-log", daemon=True)
-        self._reader.start()
 
     @property
     def pid(self) -> int:

@@ -7,12 +7,14 @@ names its regions with a prefix of its own and holds a lock as long as it lives,
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from covae_serving.stubs import find_stubs
 
 SHARED_MEMORY = Path("/dev/shm")
 NAME = "covae-"
+NOTED = "folders"
 LOCK_NAME = re.compile(r"(?P<prefix>covae-[0-9]{1,10}-[0-9a-f]{8}-)lock")
 SAFE_PATH = re.compile(r"[A-Za-z0-9/._-]+")
 
@@ -48,6 +51,11 @@ class Regions:
         if name.startswith(self.prefix):
             (SHARED_MEMORY / name).unlink(missing_ok=True)
 
+    def note(self, folders: Collection[Path]) -> None:
+        """Remember folders of Triton's, for whoever clears up after it: a killed one leaves them."""
+        noted = self.folder / NOTED
+        noted.write_text("".join(f"{path}\n" for path in folders), encoding="utf-8")
+
     def hide(self) -> None:
         """Let no other user read the regions: Triton makes them readable for all, whatever its umask."""
         for path in self._own():
@@ -55,7 +63,8 @@ class Regions:
                 path.chmod(0o600)
 
     def clear(self) -> None:
-        """Remove every region; call it once no process of this service is left."""
+        """Remove every region and noted folder; call it once no process of this service is left."""
+        _remove_noted(self.folder)
         for path in self._own():
             if path != self._lock:
                 with suppress(OSError):
@@ -133,8 +142,29 @@ def remove_stale() -> list[str]:
     return stale
 
 
+def backend_folders() -> set[Path]:
+    """What Triton's Python backend makes at each start, whatever TMPDIR says, and removes at its own exit alone: for
+    archives that no model here has, so they stay empty."""
+    found = set()
+    for path in Path("/tmp").glob("python_env_*"):
+        with suppress(OSError):
+            if path.lstat().st_uid == os.getuid():
+                found.add(path)
+    return found
+
+
+def _remove_noted(folder: Path) -> None:
+    with suppress(OSError):
+        for line in (folder / NOTED).read_text(encoding="utf-8").splitlines():
+            with suppress(OSError):  # it is gone, or not empty: then it was another's
+                Path(line).rmdir()
+
+
 def _remove_all(prefix: str) -> None:
     _end_processes(prefix)
+    for path in Path(tempfile.gettempdir()).glob(f"{glob.escape(prefix)}*"):
+        if path.lstat().st_uid == os.getuid():
+            _remove_noted(path)
     for place in (Path(tempfile.gettempdir()), SHARED_MEMORY):
         for path in place.iterdir():
             if path.name.startswith(prefix) and path.lstat().st_uid == os.getuid():

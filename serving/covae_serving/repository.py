@@ -7,13 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelVersionPolicy
 
-from covae_core.contract import MOST_NAME, NAME_PATTERN, PLATFORM_BACKEND, ModelSpec, served_name
+from covae_core.contract import GRAPH_DIGEST, MOST_NAME, NAME_PATTERN, PLATFORM_BACKEND, ModelSpec, served_name
+from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, split_served_name
+from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, read_release, release_file
 from covae_serving.errors import ServingError
 
-MODEL_FILE = "model.onnx"
 # What may stand in a config.pbtxt. Others make Triton run code, unpack archives, load libraries or read files.
 CONFIG_FIELDS = frozenset(
     ("name", "backend", "default_model_filename", "max_batch_size", "input", "output", "instance_group",
@@ -21,8 +22,8 @@ CONFIG_FIELDS = frozenset(
      "model_transaction_policy")
 )  # fmt: skip
 PARAMETERS = frozenset(field.name for field in fields(ModelSpec)) | {
-    "colour", "operation", "intra_op_thread_count", "inter_op_thread_count", "execution_mode", "enable_mem_arena",
-    "enable_mem_pattern", "memory.enable_memory_arena_shrinkage", "share_session_between_instances",
+    "colour", "operation", GRAPH_DIGEST, "intra_op_thread_count", "inter_op_thread_count", "execution_mode",
+    "enable_mem_arena", "enable_mem_pattern", "memory.enable_memory_arena_shrinkage", "share_session_between_instances",
 }  # fmt: skip
 AGAIN = "export the model again with `covae export`"
 
@@ -37,11 +38,12 @@ class HarmfulError(ServingError):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One operation of one model: as the repository holds it, then as Triton serves it."""
+    """One operation of one model, in the version that is served; its config says so too."""
 
     name: str
     operation: str
     folder: Path
+    version: int
     config: ModelConfig
 
     @property
@@ -51,8 +53,8 @@ class ServedModel:
 
     @property
     def graph(self) -> Path:
-        """The newest version's, which Triton loads."""
-        return self.folder / str(versions_in(self.folder)[-1]) / MODEL_FILE
+        """What Triton loads."""
+        return self.folder / str(self.version) / MODEL_FILE
 
 
 def versions_in(folder: Path) -> list[int]:
@@ -71,13 +73,15 @@ def read_repository(
         operations: names of operations; none means all. A model that lacks one of them is served with the others.
 
     Raises:
-        ServingError: a folder or file is missing or cannot be read, or a name or operation is not there. The message
-            names the file and the next step.
+        ServingError: a folder or file is missing or cannot be read, a name or operation is not there, or a model's
+            operations are not of one export. The message names the file and the next step.
     """
     if not repository.is_dir():
         raise ServingError(f"{repository}: no such folder; `covae export` makes one, --repository names another")
     wanted = [_operation(text) for text in operations] or list(OPERATIONS)
-    found = _folders(repository)
+    # Each release is read once: another export may switch meanwhile.
+    releases: dict[str, Release | None] = {}
+    found = _folders(repository, releases)
     if not found:
         raise ServingError(f"{repository}: no models in this folder; export one with `covae export`")
     unknown = [name for name in names if name not in {model for model, _ in found}]
@@ -86,40 +90,83 @@ def read_repository(
     chosen = [(name, operation) for name, operation in found if operation in wanted and (not names or name in names)]
     if not chosen:
         raise ServingError(f"{repository}: no model of {list(names) or _names(found)} has any operation of {wanted}")
-    return tuple(read_model(repository, name, operation) for name, operation in chosen)
+    models = tuple(_read(repository, name, operation, releases[name]) for name, operation in chosen)
+    for name, release in releases.items():
+        if release is None:  # one that is there says so of its own
+            _check_agreement([model for model in models if model.name == name])
+    return models
 
 
 def read_model(repository: Path, name: str, operation: str) -> ServedModel:
-    """One operation's entry in the repository, checked.
+    """One operation's entry in the repository, checked: in the version of the model's release; where there is none, as
+    of a hand-made one, the newest that its configuration allows.
 
     Raises:
         ServingError: the message names the file that is missing or broken and the next step.
     """
+    return _read(repository, name, operation, _release(repository, name))
+
+
+def _read(repository: Path, name: str, operation: str, release: Release | None) -> ServedModel:
     folder = repository / served_name(name, operation)
-    config = _config(folder / "config.pbtxt")
+    path = (folder / str(release.version) if release else folder) / CONFIG_FILE
+    config = _config(path)
     if config.name != folder.name:
-        raise ServingError(f"{folder}/config.pbtxt: name is {config.name!r}, the folder's is {folder.name!r}; {AGAIN}")
+        raise ServingError(f"{path}: name is {config.name!r}, the folder's is {folder.name!r}; {AGAIN}")
     if config.backend != PLATFORM_BACKEND:
-        raise ServingError(f"{folder}/config.pbtxt: backend is {config.backend!r}, not {PLATFORM_BACKEND!r}; {AGAIN}")
-    _check_harmless(folder, config)
-    versions = versions_in(folder)
-    if not versions:
-        raise ServingError(f"{folder}: no version folder (such as {folder}/1); {AGAIN}")
-    graph = folder / str(versions[-1]) / MODEL_FILE
+        raise ServingError(f"{path}: backend is {config.backend!r}, not {PLATFORM_BACKEND!r}; {AGAIN}")
+    version = release.version if release else _newest(folder, config)
+    _check_harmless(path, config, folder / str(version))
+    graph = folder / str(version) / MODEL_FILE
     if not graph.is_file():
         raise ServingError(f"{graph}: no such file; {AGAIN}")
     if graph.stat().st_size == 0:
         raise ServingError(f"{graph}: the file is empty; {AGAIN}")
-    return ServedModel(name, operation, folder, config)
+    if release and _spec(path, config).model_digest != release.model_digest:
+        raise ServingError(f"{path}: it is not of the export that {release_file(repository, name)} names; {AGAIN}")
+    config.version_policy.CopyFrom(ModelVersionPolicy(specific=ModelVersionPolicy.Specific(versions=[version])))
+    return ServedModel(name, operation, folder, version, config)
 
 
-def _check_harmless(folder: Path, config: ModelConfig) -> None:
+def _newest(folder: Path, config: ModelConfig) -> int:
+    versions = versions_in(folder)
+    if config.version_policy.HasField("specific"):
+        versions = [version for version in versions if version in config.version_policy.specific.versions]
+    if not versions:
+        raise ServingError(f"{folder}: no version folder (such as {folder}/1); {AGAIN}")
+    return versions[-1]
+
+
+def _check_agreement(models: Sequence[ServedModel]) -> None:
+    """See that all operations of a model without a release are of one export."""
+    specs = [_spec(model.folder / CONFIG_FILE, model.config) for model in models]
+    for model, spec in zip(models, specs, strict=True):
+        if spec != specs[0]:
+            raise ServingError(
+                f"{model.folder}: it is of another export than {models[0].folder.name}, or of another run; {AGAIN}"
+            )
+
+
+def _spec(path: Path, config: ModelConfig) -> ModelSpec:
+    try:
+        return ModelSpec.from_config(config)
+    except InvalidArgument as error:
+        raise ServingError(f"{path}: {error}") from error
+
+
+def _release(repository: Path, name: str) -> Release | None:
+    try:
+        return read_release(repository, name)
+    except InvalidArgument as error:
+        raise ServingError(str(error)) from error
+
+
+def _check_harmless(path: Path, config: ModelConfig, version: Path) -> None:
     """See that an entry holds nothing that Triton would run, unpack or load beside a graph and its configuration.
 
     Raises:
         HarmfulError: it does.
     """
-    path = folder / "config.pbtxt"
     fields = sorted({descriptor.name for descriptor, _ in config.ListFields()} - CONFIG_FIELDS)
     if fields:
         raise HarmfulError(f"{path}: found {fields[0]}, which a served model may not have; {AGAIN}")
@@ -135,10 +182,11 @@ def _check_harmless(folder: Path, config: ModelConfig) -> None:
         for key in accelerator.parameters:
             if any(word in key.lower() for word in NAMES_OF_FILES):
                 raise HarmfulError(f"{path}: found the accelerator's parameter {key}, which names a file; {AGAIN}")
-    for version in versions_in(folder):
-        for file in (folder / str(version)).iterdir():
-            if file.name != MODEL_FILE and not file.name.startswith("."):
-                raise HarmfulError(f"{file}: a version holds {MODEL_FILE} alone; move this file away, or {AGAIN}")
+    for file in version.iterdir() if version.is_dir() else ():
+        if file.name not in (MODEL_FILE, CONFIG_FILE) and not file.name.startswith("."):
+            raise HarmfulError(
+                f"{file}: a version holds {MODEL_FILE} and {CONFIG_FILE} alone; move this file away, or {AGAIN}"
+            )
 
 
 def _config(path: Path) -> ModelConfig:
@@ -150,8 +198,9 @@ def _config(path: Path) -> ModelConfig:
         raise ServingError(f"{path}: cannot be read as a model configuration: {error}; {AGAIN}") from error
 
 
-def _folders(repository: Path) -> list[tuple[str, str]]:
-    """Every NAME and operation with a folder, sorted; folders of other Triton models are left alone.
+def _folders(repository: Path, releases: dict[str, Release | None]) -> list[tuple[str, str]]:
+    """Every NAME and operation with a folder, sorted, of a model with a release those that are in it; folders of other
+    Triton models are left alone. The models' releases go into `releases`.
 
     Raises:
         ServingError: a name is none that `covae export` gives: Triton passes names through a shell.
@@ -164,7 +213,8 @@ def _folders(repository: Path) -> list[tuple[str, str]]:
                 f"{repository / served_name(name, operation)}: the model's name is {name!r}; expected letters, digits, "
                 f"'.', '_' and '-', {MOST_NAME} at most; {AGAIN} under another --name, and remove this folder"
             )
-    return found
+    releases.update((name, _release(repository, name)) for name in dict.fromkeys(name for name, _ in found))
+    return [(name, one) for name, one in found if (release := releases[name]) is None or one in release.operations]
 
 
 def _operation(text: str) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
+from google.protobuf import text_format
 
+from covae_core.release import CONFIG_FILE
+from covae_serving.access import Access
 from covae_serving.connection import KEY_NAME, RESTRICTED, Connection
 from covae_serving.errors import ServingError
 from covae_serving.health import NO_ANSWER, Timing
@@ -19,9 +22,10 @@ from covae_serving.metrics import fetch_page
 from covae_serving.ports import LOOPBACK, choose_ports, free_port, is_free
 from covae_serving.probe import probe_request
 from covae_serving.process import TritonProcess
-from covae_serving.regions import Regions, check_folder, remove_stale
+from covae_serving.regions import Regions, backend_folders, check_folder, remove_stale
 from covae_serving.repository import HarmfulError, ServedModel, read_model
-from covae_serving.stubs import STOPPED, Stub, find_stubs
+from covae_serving.secrets import Secret
+from covae_serving.stubs import STOPPED, Stub, find_stubs, is_stopped
 
 POLL_S = 0.05
 CONNECT_S = 0.5
@@ -36,6 +40,8 @@ REGION_GROWTH_BYTES = 16 << 20
 EXIT_S = 4.0
 # A Triton that does not tell its name within this time is hung itself.
 ALIVE_S = 2.0
+# A stopped one is given this long to be continued, by whoever stopped it.
+STOPPED_S = 3.0
 
 
 class Stopped(Exception):
@@ -51,8 +57,8 @@ class Server:
 
     Models are loaded by name in Triton's explicit model control, for two reasons: a service can be a part of a
     repository, and a model whose process died can be loaded anew while the others answer. Control, like every other
-    protocol that changes the server, needs a key drawn at each start. The key stands on Triton's command line, so
-    other users of the machine can read it in the process list; over the network nobody sees it.
+    protocol that changes the server, needs a key drawn at each start, which no other user of the machine can read
+    (`covae_serving.secrets`).
 
     Create and use it in one thread, which must live as long as the server (see `TritonProcess`); only `kill` may be
     called from elsewhere. `stopping` is asked while it waits; once it says yes, the wait ends with `Stopped`.
@@ -71,20 +77,24 @@ class Server:
         stopping: Callable[[], bool],
         open_protocols: Sequence[str] = (),
         trace_url: str = "",
+        access: Access | None = None,
     ) -> None:
+        self._access = access or Access()
         self._trace_url = trace_url
         self._restricted = [name for name in RESTRICTED if name not in open_protocols]
         self.ports: tuple[int, int] | None = None
         self.stubs: dict[str, list[Stub]] = {}
         self._repository = repository
         self.models = {model.model_name: model for model in models}
-        # Those that answered in the Triton that runs now; their `models` entry says in which versions.
+        # Those that have answered: they keep their version, whatever is exported meanwhile and however often Triton
+        # starts.
         self._served: set[str] = set()
         self._host = LOOPBACK if host == "localhost" else host
         self._asked_port = port
         self._timing = timing
         self._stopping = stopping
         self._process: TritonProcess | None = None
+        self._stopped_since: float | None = None
         self._metrics_url = ""
         self._connection: Connection | None = None
         self._installation = find_installation()
@@ -95,6 +105,9 @@ class Server:
             raise ServingError(f"shared memory or the temp folder cannot be used: {error}") from error
         try:
             check_folder(self._regions.folder)
+            self._models = self._regions.folder / "models"
+            for model in models:
+                self._lay_out(model)
             self._backends = self._installation.lay_out_backends(self._regions.folder)
         except OSError as error:
             self._regions.close()
@@ -126,7 +139,8 @@ class Server:
             Stopped: the service is being stopped.
         """
         if self.ports is not None:  # a restart keeps the addresses that clients know
-            self.models = {name: self._read_again(model) for name, model in self.models.items()}
+            for name in self.models.keys() - self._served:
+                self._read_again(name)
             return self._start((self.ports[0], free_port(LOOPBACK)))
         for _ in range(BIND_ATTEMPTS):
             ports = choose_ports(self._host, self._asked_port)
@@ -141,35 +155,43 @@ class Server:
             return failures
         raise ServingError(f"{self._host}: other programs took the chosen ports {BIND_ATTEMPTS} times; try again")
 
-    def _linked_repository(self) -> Path:
-        """The repository under a name without a space or anything else that the shell between Triton and its stubs
-        would read."""
-        link = self._regions.folder / "models"
-        link.unlink(missing_ok=True)  # it may lead elsewhere since Triton last started
-        link.symlink_to(self._repository.resolve(), target_is_directory=True)
-        return link
+    def _lay_out(self, model: ServedModel) -> None:
+        """An entry for Triton in a folder that is the service's own: the configuration as it was checked, and a link to
+        the version's folder. Nothing that is exported later is seen, nor is a name that a shell would read."""
+        folder = self._models / model.model_name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / CONFIG_FILE).write_text(text_format.MessageToString(model.config), encoding="utf-8")
+        (folder / str(model.version)).symlink_to(model.graph.parent.resolve(), target_is_directory=True)
 
-    def _read_again(self, model: ServedModel) -> ServedModel:
-        """The model as the repository has it now; if it is broken, that is Triton's to say.
+    def _read_again(self, model_name: str) -> None:
+        """Take the model as the repository has it now; if it is broken, that is Triton's to say.
 
         Raises:
             HarmfulError: it holds what Triton would run.
         """
+        old = self.models[model_name]
         try:
-            return read_model(self._repository, model.name, model.operation)
+            self.models[model_name] = read_model(self._repository, old.name, old.operation)
         except HarmfulError:
             raise
         except (ServingError, OSError):
-            return model
+            return
+        self._lay_out(self.models[model_name])
 
-    def _remember(self, model_name: str) -> None:
-        """Note in which configuration and versions a model answers: a healing loads the same, as its siblings do."""
-        try:
-            config = self.connection.served_config(model_name)
-        except grpc.RpcError as error:
-            raise ServingError(f"Triton does not tell how it serves {model_name}: {error.code().name}") from error
-        self.models[model_name] = replace(self.models[model_name], config=config)
-        self._served.add(model_name)
+    @property
+    def pid(self) -> int | None:
+        """Triton's, which is also its stubs' group; None while it does not run."""
+        return self._process.pid if self._process else None
+
+    def stopped(self) -> bool:
+        """Whether Triton's process has been stopped by a signal for STOPPED_S: it answers nobody, and uses nothing."""
+        now, pid = time.monotonic(), self.pid
+        if pid is None or not is_stopped(pid):
+            self._stopped_since = None
+            return False
+        self._stopped_since = self._stopped_since or now
+        return now - self._stopped_since > STOPPED_S
 
     def exit_code(self) -> int | None:
         """None while Triton runs; negative: the signal that ended it."""
@@ -179,7 +201,7 @@ class Server:
         """Load a model anew and try it with a real inference; the others answer meanwhile.
 
         One that answered before is loaded in the same version, whatever was exported meanwhile, since its siblings
-        have that one too. One that never answered is loaded as the repository has it now.
+        have that one too, and clients opened it. One that never answered is loaded as the repository has it now.
 
         Raises:
             ModelRefusedError: the model cannot be loaded from the repository as it is now.
@@ -192,11 +214,9 @@ class Server:
                 stub.kill()
         try:
             self.connection.unload(model_name, self._timing.reload_s)
-            if model_name in self._served:
-                self.connection.load(model_name, self.models[model_name].config, self._timing.reload_s)
-            else:
-                self.models[model_name] = self._read_again(self.models[model_name])
-                self.connection.load(model_name, None, self._timing.reload_s)
+            if model_name not in self._served:
+                self._read_again(model_name)
+            self.connection.load(model_name, self._timing.reload_s)
         except HarmfulError as error:
             raise ModelRefusedError(str(error)) from error
         except grpc.RpcError as error:
@@ -211,7 +231,7 @@ class Server:
         failure = self._try_models([model_name], self._timing.reload_s).get(model_name)
         if failure:
             raise ServingError(failure)
-        self._remember(model_name)
+        self._served.add(model_name)
         self._regions.hide()
         known = {stub.pid for stub in old}
         self.stubs[model_name] = [stub for stub in self._find_stubs(model_name) if stub.pid not in known]
@@ -233,7 +253,7 @@ class Server:
         self._regions.clear()
         self._process = self._connection = None
         self._metrics_url = ""
-        self.stubs, self._served = {}, set()
+        self.stubs = {}
 
     def kill(self) -> None:
         """Kill Triton and its stubs at once; whoever waits for it goes on. Safe in a signal handler."""
@@ -260,8 +280,9 @@ class Server:
         key, identity = secrets.token_hex(16), f"covae-{secrets.token_hex(8)}"
         # Triton listens on every interface for 0.0.0.0; this process needs one that it can connect to.
         near = LOOPBACK if self._host == "0.0.0.0" else self._host
-        self._connection = Connection(f"{near}:{ports[0]}", key)
+        self._connection = Connection(f"{near}:{ports[0]}", key, self._access, self._regions.folder)
         self._metrics_url = f"http://{LOOPBACK}:{ports[1]}/metrics"
+        before = backend_folders()
         self._process = TritonProcess(
             self._command(ports, key, identity),
             self._installation.environment(self._regions.folder),
@@ -273,11 +294,11 @@ class Server:
             # Triton answers over gRPC for a moment even when it is about to exit because the metrics port was taken.
             self._wait_until(lambda: b"nv_inference" in self.metrics_page(), deadline)
             failures = self._failures(deadline)
-            for name in self.models.keys() - failures.keys():
-                self._remember(name)
+            self._served = self.models.keys() - failures.keys()
         except BaseException:
             self.discard()
             raise
+        self._regions.note(backend_folders() - before)
         self._regions.hide()
         self.stubs = {name: self._find_stubs(name) for name in self.models}
         return failures
@@ -291,7 +312,7 @@ class Server:
         return [
             str(self._installation.binary),
             f"--id={identity}",
-            f"--model-repository={self._linked_repository()}",
+            f"--model-repository={self._models}",
             f"--backend-directory={self._backends}",
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in self.models),
@@ -304,7 +325,14 @@ class Server:
             "--allow-http=false",
             f"--grpc-address={self._host}",
             f"--grpc-port={ports[0]}",
-            f"--grpc-restricted-protocol={','.join(self._restricted)}:{KEY_NAME}={key}",
+            # Else Triton keeps as many messages for reuse, each as large as it ever was: 400 MB, if one was.
+            "--grpc-infer-allocation-pool-size=0",
+            # A peer that is gone, or never speaks, is asked after so many milliseconds, and left.
+            "--grpc-keepalive-time=60000",
+            "--grpc-keepalive-timeout=20000",
+            "--grpc-keepalive-permit-without-calls=1",
+            Secret(f"--grpc-restricted-protocol={','.join(self._restricted)}:{KEY_NAME}={key}"),
+            *self._access.arguments(self._regions.folder),
             f"--metrics-address={LOOPBACK}",
             f"--metrics-port={ports[1]}",
             f"--allow-gpu-metrics={str(has_gpu()).lower()}",
@@ -354,6 +382,8 @@ class Server:
     def _check_patience(self, deadline: float) -> None:
         if self._stopping():
             raise Stopped
+        if self.stopped():
+            raise ServingError("Triton was stopped by a signal before it was ready")
         if time.monotonic() > deadline:
             raise ServingError(f"Triton was not ready within {self._timing.start_s:.0f} s. {self._log_tail()}")
 

@@ -12,6 +12,7 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
+from covae_serving.access import Access
 from covae_serving.errors import ServingError
 from covae_serving.health import Fault, Timing, Watch
 from covae_serving.metrics import MetricsPage, SupervisorMetrics
@@ -45,7 +46,8 @@ class Service:
         names: model NAMEs to serve; none means all.
         operations: operations to serve; none means all.
         grpc_port, metrics_port: 0 picks free ones; by default metrics are at 8002, or with gRPC at a free one.
-        host: the address to listen on. gRPC asks nobody who they are: think before you leave 127.0.0.1.
+        host: the address to listen on. Beyond this machine it takes TLS, or `Access(insecure=True)`.
+        access: who may use it; by default whoever reaches it, in plain text.
         timing: the supervisor's patience.
         open_protocols: what clients may use without the service's key: statistics (Triton's counters, which NVIDIA's
             perf_analyzer reads), trace and logging settings. Whoever reaches the server may then read or change these.
@@ -54,8 +56,8 @@ class Service:
             http://HOST:4318/v1/traces; none: nowhere.
 
     Raises:
-        ServingError: a protocol is none of these, or the repository is missing or broken; the message names the file
-            and the next step.
+        ServingError: a protocol is none of these, the host can be reached from elsewhere without TLS, or the repository
+            is missing or broken; the message names the file and the next step.
     """
 
     def __init__(
@@ -70,8 +72,11 @@ class Service:
         timing: Timing | None = None,
         open_protocols: Sequence[str] = (),
         trace_url: str = "",
+        access: Access | None = None,
     ) -> None:
         self._trace_url = trace_url
+        self._access = access or Access()
+        self._access.check_host(host, is_loopback(host))
         unknown = [name for name in open_protocols if name not in OPENABLE]
         if unknown:
             raise ServingError(f"--open, open_protocols: found {unknown[0]!r}; expected some of {', '.join(OPENABLE)}")
@@ -101,8 +106,13 @@ class Service:
         """
         if self._thread is not None:
             raise ServingError("this service was started before; make a new one")
-        if not is_loopback(self._host):
-            LOG.warning("gRPC on %s asks nobody who they are: everybody who reaches it can use the models", self._host)
+        if not is_loopback(self._host) and not self._access.encrypted:
+            LOG.warning(
+                "gRPC on %s is not encrypted%s: everybody who reaches it can %s",
+                self._host,
+                "" if self._access.token_file else " and asks nobody who they are",
+                "read along, the token too" if self._access.token_file else "use the models",
+            )
         atexit.register(self.stop)
         # Triton dies with the thread that starts it, so one thread does everything for the service's whole life.
         self._thread = Thread(target=self._run, name="covae-serve", daemon=True)
@@ -128,6 +138,11 @@ class Service:
         if self._server is None or self._server.ports is None:
             raise ServingError(NO_ADDRESS)
         return f"{self._host}:{self._server.ports[0]}"
+
+    @property
+    def triton_pid(self) -> int | None:
+        """The process of the Triton that runs now, and the group of its stubs; None while none does."""
+        return None if self._server is None else self._server.pid
 
     @property
     def metrics_url(self) -> str:
@@ -192,6 +207,7 @@ class Service:
                 self._stopping,
                 self._open_protocols,
                 self._trace_url,
+                self._access,
             )
             try:
                 self._page = MetricsPage(
@@ -247,6 +263,8 @@ class Supervisor:
         code = self._server.exit_code()
         if code is not None:
             self._restart(f"Triton died ({describe_exit(code)})")
+        elif self._server.stopped():
+            self._restart("Triton was stopped by a signal")
         for name in self._server.models:
             now = time.monotonic()
             watch, retry = self._watches.get(name), self._broken.get(name)

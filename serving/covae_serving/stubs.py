@@ -60,6 +60,12 @@ def _all(region_prefix: str) -> Iterator[Stub]:
                 yield Stub(int(folder.name), int(fields[19]), model_name, arguments[2])
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped a process."""
+    fields = _stat(pid)
+    return fields is not None and fields[0] in STOPPED
+
+
 def _stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the state on (the third), or None when there is no such process."""
     try:

@@ -38,6 +38,7 @@ SPEC = ModelSpec(
     draw_samples=3,
     run_id="run-1",
     run_digest="0123abcd",
+    model_digest="4567cdef",
     data="toy",
 )
 MAX_BATCH = 8
@@ -69,13 +70,15 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return pb.ModelReadyResponse(ready=request.name in self.operations)
 
     def ModelConfig(self, request, context):
+        if request.name not in self.operations:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
         response = pb.ModelConfigResponse()
         response.config.name = request.name
         response.config.max_batch_size = MAX_BATCH
         for name, value in self.spec.to_parameters().items():
             response.config.parameters[name].string_value = value
         if request.name in self.digests:
-            response.config.parameters["run_digest"].string_value = f'"{self.digests[request.name]}"'
+            response.config.parameters["model_digest"].string_value = f'"{self.digests[request.name]}"'
         return response
 
     def RepositoryIndex(self, request, context):

@@ -193,13 +193,13 @@ def test_an_operation_of_another_run_is_not_taken_for_the_missing_one(triton, cl
     model = client.model("toy")
     triton.operations[loading] = "score"
     triton.digests[loading] = "another"
-    with pytest.raises(errors.ServerFault, match="another training run of it; open the model again"):
+    with pytest.raises(errors.ModelChanged, match="another export of it; open the model again"):
         model.score(np.zeros((6, 5, 3), np.uint8))
 
 
 def test_operations_of_different_runs_are_refused(triton, client):
     triton.digests["toy_score"] = "another"
-    words = r"different training runs \(decode 0123abcd, .*score another, surprise 0123abcd\)"
+    words = r"different exports \(decode 4567cdef, .*score another, surprise 4567cdef\)"
     with pytest.raises(errors.ServerFault, match=words):
         client.model("toy")
 
@@ -217,7 +217,7 @@ def test_models_lists_what_is_served_where_the_server_allows_it(triton, client):
 
 
 def test_models_says_what_to_do_where_the_server_refuses(client):
-    with pytest.raises(errors.ConnectionFailed, match="open a model by its name, or pass the server's key"):
+    with pytest.raises(errors.AccessDenied, match="open a model by its name, or pass the server's key"):
         client.models()
 
 

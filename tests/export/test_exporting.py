@@ -16,6 +16,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from covae_core.contract import ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS
+from covae_core.release import Release, read_release, write_release
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
 from covae_export.exporting import Deployment, export_run, find_leftovers
@@ -138,13 +139,14 @@ def test_a_run_in_its_mean_only_phase_cannot_be_exported(digits, tmp_path):
 def test_a_configuration_parses_back_and_describes_the_model(operation, family, runs):
     spec = describe(runs[family], SCORE_SAMPLES, 3)
     built = build_config(
-        "toy", spec, OPERATIONS[operation], max_batch_size=7, instances=3, instance_kind="gpu", threads=2
+        "toy", spec, OPERATIONS[operation], 5, "ab" * 32, max_batch_size=7, instances=3, instance_kind="gpu", threads=2
     )
     config = text_format.Parse(to_text(built), pb.ModelConfig())
     assert config == built
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     assert ModelSpec.from_parameters(parameters) == spec
     assert (parameters["operation"], parameters["intra_op_thread_count"]) == (operation, "2")
+    assert (list(config.version_policy.specific.versions), parameters["graph_sha256"]) == ([5], "ab" * 32)
     assert (config.name, config.backend, config.max_batch_size) == (f"toy_{operation}", "onnxruntime", 7)
     (group,) = config.instance_group
     assert (group.count, group.kind) == (3, pb.ModelInstanceGroup.KIND_GPU)
@@ -170,8 +172,8 @@ def test_the_spec_is_read_off_the_model(family, runs):
     assert spec.density_parameters == (factor if family == "sos-vae" else {"mean": (1, 8, 8), "variance": (1, 8, 8)})
     assert (spec.score_samples, spec.draw_samples) == (SCORE_SAMPLES, 3)
     assert spec.run_id == family
-    content = (run.folder / "checkpoint.safetensors").read_bytes()
-    assert spec.run_digest == hashlib.sha256(content).hexdigest()
+    content = [(run.folder / name).read_bytes() for name in ("config.json", "checkpoint.safetensors")]
+    assert spec.run_digest == hashlib.sha256(b"\0".join(content)).hexdigest()
 
 
 @pytest.mark.slow
@@ -179,10 +181,20 @@ def test_the_spec_is_read_off_the_model(family, runs):
 def test_an_entry_for_each_operation_of_one_version_are_published_and_nothing_else(family, repository):
     entries = [served_name(family, operation) for operation in OPERATIONS]
     assert all(entry in snapshot(repository) for entry in entries)
-    assert {path.name for path in repository.iterdir()} == {served_name(f, op) for f in FAMILIES for op in OPERATIONS}
+    folders = {path.name for path in repository.iterdir() if path.is_dir()}
+    assert folders == {served_name(f, op) for f in FAMILIES for op in OPERATIONS}
+    assert {path.name for path in repository.iterdir()} - folders == {f"{f}.json" for f in FAMILIES}
+    release = read_release(repository, family)
+    assert (release.version, release.operations) == (1, tuple(OPERATIONS))
     for entry in entries:
-        assert set(snapshot(repository / entry)) == {"1", "1/model.onnx", "config.pbtxt"}
-        assert read_config(repository / entry / "config.pbtxt").name == entry
+        files = {"1", "1/model.onnx", "1/config.pbtxt", "config.pbtxt"}
+        assert set(snapshot(repository / entry)) == files
+        content = (repository / entry / "1" / "config.pbtxt").read_bytes()
+        assert content == (repository / entry / "config.pbtxt").read_bytes()
+        config = read_config(repository / entry / "config.pbtxt")
+        assert (config.name, ModelSpec.from_config(config).model_digest) == (entry, release.model_digest)
+        graph = (repository / entry / "1" / "model.onnx").read_bytes()
+        assert config.parameters["graph_sha256"].string_value == hashlib.sha256(graph).hexdigest()
 
 
 @pytest.mark.slow
@@ -198,6 +210,7 @@ def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, reposi
     copied, chosen = tmp_path / "repository", ("encode", "score")
     for entry in (*(served_name("beta-vae", operation) for operation in chosen), "sos-vae_encode"):
         shutil.copytree(repository / entry, copied / entry)
+    write_release(copied, "beta-vae", Release(1, chosen, "of the first"))
     before, seen = snapshot(copied), []
     deployment = Deployment(max_batch_size=5)
     second = export_run(
@@ -212,17 +225,18 @@ def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, reposi
     assert second.version == 2
     assert [operation.name for operation in seen] == list(chosen)
     entries = {operation: served_name("beta-vae", operation) for operation in chosen}
-    configs = {f"{entry}/config.pbtxt" for entry in entries.values()}
+    configs = {"beta-vae.json", *(f"{entry}/config.pbtxt" for entry in entries.values())}
     assert all(after[path] == content for path, content in before.items() if path not in configs)
-    added = {f"{entry}/2{file}" for entry in entries.values() for file in ("", "/model.onnx")}
+    added = {f"{entry}/2{file}" for entry in entries.values() for file in ("", "/model.onnx", "/config.pbtxt")}
     assert set(after) - set(before) == added
     for operation, entry in entries.items():
         config = read_config(copied / entry / "config.pbtxt")
         wanted = 5 if operation != "score" else config.max_batch_size
-        assert (config.max_batch_size, config.version_policy.latest.num_versions) == (wanted, 1)
+        assert (config.max_batch_size, list(config.version_policy.specific.versions)) == (wanted, [2])
         spec = ModelSpec.from_config(config)
         assert (spec.score_samples, spec.operations) == (3, chosen)
     assert {item.operation.name for item in second.disagreements} == set(chosen)
+    assert read_release(copied, "beta-vae") == Release(2, chosen, spec.model_digest)
     assert all(item.acceptable for item in second.disagreements)
 
 

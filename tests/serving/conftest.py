@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from covae_core.contract import NUMPY_DTYPES, PLATFORM_BACKEND, ModelSpec, TensorSpec, served_name
 from covae_core.operations import OPERATIONS
+from covae_core.release import Release, write_release
 from covae_serving.regions import SHARED_MEMORY
 from covae_serving.service import Service
 from covae_serving.stubs import Stub, find_stubs
@@ -41,6 +44,7 @@ TOY = ModelSpec(
     draw_samples=1,
     run_id="toy",
     run_digest="0" * 64,
+    model_digest="1" * 64,
     data="toy",
 )
 
@@ -99,8 +103,8 @@ def decode_nodes() -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     return nodes, constants
 
 
-def sample_nodes() -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """latent is the latent seed plus 0, 1, 2, 3; image is the same plus the noise seed, modulo 256.
+def sample_nodes(first: int = 0) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """latent is the latent seed plus 0, 1, 2, 3 and `first`; image is the same plus the noise seed, modulo 256.
 
     The graph itself fails on a latent seed beyond the table's end.
     """
@@ -113,7 +117,7 @@ def sample_nodes() -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
         helper.make_node("Reshape", ["pixel", "image_shape"], ["image"]),
     ]
     constants = [
-        constant("steps", np.arange(4)),
+        constant("steps", np.arange(4) + first),
         constant("table", np.arange(TABLE_SIZE, dtype=np.float32)),
         constant("bytes", np.array([256])),
         constant("image_shape", np.array([-1, 2, 2, 1])),
@@ -161,9 +165,9 @@ def score_nodes() -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
 NODES = {"decode": decode_nodes, "sample": sample_nodes, "score": score_nodes}
 
 
-def toy_graph(operation: str, free_outputs: bool = False) -> onnx.ModelProto:
-    """The operation's graph; with `free_outputs` it does not say which shapes its outputs have."""
-    nodes, constants = NODES[operation]()
+def toy_graph(operation: str, free_outputs: bool = False, nodes: Any = None) -> onnx.ModelProto:
+    """The operation's graph; with `free_outputs` it does not say which shapes its outputs have. nodes: other ones."""
+    nodes, constants = nodes or NODES[operation]()
     made = [value_info(tensor) for tensor in outputs(operation)]
     if free_outputs:
         for output in made:
@@ -188,6 +192,24 @@ def toy_config(name: str, operation: str) -> ModelConfig:
     for key, value in {**TOY.to_parameters(), "intra_op_thread_count": "1"}.items():
         config.parameters[key].string_value = value
     return config
+
+
+def write_release_of_toy(repository: Path, version: int) -> Path:
+    """Publish a version of the toy's decode and sample, each unlike the one before, as `covae export` does."""
+    nodes = {"decode": decode_nodes(), "sample": sample_nodes(10 * version)}
+    digest = f"{version:064x}"
+    for operation in nodes:
+        folder = repository / served_name("toy", operation)
+        (folder / str(version)).mkdir(parents=True)
+        graph = toy_graph(operation, nodes=nodes[operation]).SerializeToString()
+        (folder / str(version) / "model.onnx").write_bytes(graph)
+        config = toy_config("toy", operation)
+        parameters = replace(TOY, operations=tuple(nodes), model_digest=digest).to_parameters()
+        for key, value in (parameters | {"graph_sha256": hashlib.sha256(graph).hexdigest()}).items():
+            config.parameters[key].string_value = value
+        (folder / str(version) / "config.pbtxt").write_text(text_format.MessageToString(config))
+    write_release(repository, "toy", Release(version, tuple(nodes), digest))
+    return repository
 
 
 def write_toy(
@@ -269,6 +291,11 @@ def traces(pid: int | None = None) -> list[str]:
 @pytest.fixture(name="write_toy", scope="session")
 def write_toy_fixture() -> Callable[..., Path]:
     return write_toy
+
+
+@pytest.fixture(name="write_release_of_toy", scope="session")
+def write_release_of_toy_fixture() -> Callable[..., Path]:
+    return write_release_of_toy
 
 
 @pytest.fixture(name="own_stubs", scope="session")

@@ -179,7 +179,7 @@ def test_an_entry_that_became_harmful_is_not_loaded_at_a_restart(toy_repository,
         )
         try:
             with pytest.raises(ServingError, match="the parameter EXECUTION_ENV_PATH"):
-                server._read_again(service.models[0])
+                server._read_again("toy_decode")
         finally:
             server.stop()
 

@@ -23,6 +23,7 @@ from tritonclient.grpc import service_pb2 as messages
 
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS
+from covae_serving.access import Access
 from covae_serving.errors import ServingError
 from covae_serving.installation import find_installation
 from covae_serving.regions import SHARED_MEMORY
@@ -123,10 +124,10 @@ def test_the_service_listens_on_this_machine_only(service, own_stubs):
 
 
 def test_another_address_comes_with_a_warning(toy_repository, serve, connect, caplog):
-    service = serve(toy_repository, operations=["decode"], host="0.0.0.0")
+    service = serve(toy_repository, operations=["decode"], host="0.0.0.0", access=Access(insecure=True))
 
     assert service.grpc_address.startswith("0.0.0.0:")
-    assert "gRPC on 0.0.0.0 asks nobody who they are" in caplog.text
+    assert "gRPC on 0.0.0.0 is not encrypted and asks nobody who they are" in caplog.text
     near = service.grpc_address.replace("0.0.0.0", "127.0.0.1")
     assert connect(near).infer("toy_decode", latent=LATENT)["mean"].shape == (1, 1, 2, 2)
 
@@ -175,7 +176,7 @@ def test_a_taken_port_is_named_with_the_option_that_changes_it(toy_repository, t
 
 def test_a_host_that_is_not_this_machine_is_refused(toy_repository):
     with pytest.raises(ServingError, match=r"'192\.0\.2\.1' is no IPv4 address of this machine"):
-        Service(toy_repository, grpc_port=0, metrics_port=0, host="192.0.2.1").start()
+        Service(toy_repository, grpc_port=0, metrics_port=0, host="192.0.2.1", access=Access(insecure=True)).start()
 
 
 def test_a_stop_during_the_start_ends_it(toy_repository, own_stubs, traces):

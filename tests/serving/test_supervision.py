@@ -115,7 +115,7 @@ def export_again(folder: Path) -> None:
     (folder / "config.pbtxt").write_text(text.replace("max_batch_size: 64", "max_batch_size: 32"))
 
 
-def test_a_healed_model_keeps_its_version_and_a_new_triton_takes_the_newest(service, caller, own_stubs, caplog):
+def test_a_model_keeps_its_version_until_the_service_ends(service, caller, own_stubs, caplog, serve, connect):
     folder = service.models[1].folder
     assert folder.name == "toy_sample"
     first = caller.infer("toy_sample", **SEEDS)["latent"]
@@ -130,8 +130,11 @@ def test_a_healed_model_keeps_its_version_and_a_new_triton_takes_the_newest(serv
     until(lambda: "Triton answers again after" in caplog.text)
     answers_again(lambda: caller.infer("toy_sample", timeout_s=5, **SEEDS))
 
-    np.testing.assert_array_equal(caller.infer("toy_sample", **SEEDS)["latent"], 1000 + first)
-    assert caller.stub.ModelConfig(ModelConfigRequest(name="toy_sample")).config.max_batch_size == 32
+    np.testing.assert_array_equal(caller.infer("toy_sample", **SEEDS)["latent"], first)
+    assert caller.stub.ModelConfig(ModelConfigRequest(name="toy_sample")).config.max_batch_size == 64
+
+    next_one = connect(serve(folder.parent, operations=["sample"]).grpc_address)
+    np.testing.assert_array_equal(next_one.infer("toy_sample", **SEEDS)["latent"], 1000 + first)
 
 
 def test_a_healed_model_keeps_the_version_that_its_configuration_chose(
@@ -154,13 +157,12 @@ def test_a_broken_model_answers_again_once_it_is_exported_again(service, caller,
     folder = service.models[1].folder
     first = caller.infer("toy_sample", **SEEDS)["latent"]
     export_again(folder)
-    sound = (folder / "2" / "model.onnx").read_bytes()
-    (folder / "2" / "model.onnx").write_bytes(b"no graph")
+    shutil.rmtree(folder / "1")
+    (folder / "2").rename(folder / "kept")
     os.kill(os.getpgid(own_stubs()[0].pid), signal.SIGKILL)
     until(lambda: "toy_sample: does not answer" in caplog.text)
 
-    (folder / "3").mkdir()
-    (folder / "3" / "model.onnx").write_bytes(sound)
+    (folder / "kept").rename(folder / "2")
     until(lambda: "toy_sample: answers again after" in caplog.text)
     np.testing.assert_array_equal(caller.infer("toy_sample", **SEEDS)["latent"], 1000 + first)
 

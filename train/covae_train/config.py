@@ -24,7 +24,7 @@ FOLLOWS_FROM_ANOTHER = "default_factory_not_called"
 class Options(BaseModel):
     """A family's options: each field is an option of `covae train FAMILY`, its description the option's help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TrainedOptions(Options):
@@ -46,7 +46,7 @@ class RunConfig(BaseModel):
     A run of a version that kept no images aside has none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     family: str
     data: str

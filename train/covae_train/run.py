@@ -149,8 +149,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run as evaluation and export see it: `model` is in evaluation mode; `digest` is the checkpoint's SHA-256;
-    `calibration`: the scores of unseen images, None of a run that has none, whose model scores with what was trained.
+    """A run as evaluation and export see it: `model` is in evaluation mode; `digest` is the SHA-256 of its
+    configuration and checkpoint; `calibration`: the scores of unseen images, None of a run that has none, whose model
+    scores with what was trained.
     """
 
     folder: Path
@@ -191,7 +192,9 @@ def load_run(folder: Path, *, calibrated: bool = True) -> TrainedRun:
         raise
     except Exception as error:  # of tampered files: whatever torch, or reading a state, runs into
         raise CheckpointError(f"{folder}: the checkpoint does not fit {CONFIG_FILE}: {error!r}") from error
-    digest = hashlib.sha256((folder / CHECKPOINT_FILE).read_bytes()).hexdigest()
+    # The configuration too: another variance bound, or another family's option, is another model of the same weights.
+    content = (folder / CONFIG_FILE).read_bytes() + b"\0" + (folder / CHECKPOINT_FILE).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
     found = load_calibration(folder, config.data, digest) if calibrated else None
     if found is not None and isinstance(model, Vae):
         model.spread = found.spread

@@ -19,7 +19,7 @@ from covae_apps.bench.sessions import one_call
 from covae_apps.bench.stopwatch import UNDISTURBED, described, machine, markdown, write_record
 from covae_client import Client
 from covae_core.contract import ModelSpec
-from covae_export.exporting import MODEL_FILE
+from covae_core.release import MODEL_FILE
 from covae_serving.repository import ServedModel, read_repository
 from covae_serving.service import Service
 

@@ -53,10 +53,10 @@ def run_healing(faults: int, folder: Path, console: Console) -> list[Healed]:
         models = [client.model(name) for name in FAMILIES]
         whole = [model.sample(4) for model in models]
         for fault, strike in {
-            "one stub killed": lambda: send(signal.SIGKILL, pids(STUB)[:1]),
-            "ten stubs killed": lambda: send(signal.SIGKILL, pids(STUB)),
-            "Triton killed": lambda: send(signal.SIGKILL, pids(TRITON)),
-            "Triton stopped": lambda: send(signal.SIGSTOP, pids(TRITON)),
+            "one stub killed": lambda: send(signal.SIGKILL, pids(service, STUB)[:1]),
+            "ten stubs killed": lambda: send(signal.SIGKILL, pids(service, STUB)),
+            "Triton killed": lambda: send(signal.SIGKILL, pids(service, TRITON)),
+            "Triton stopped": lambda: send(signal.SIGSTOP, pids(service, TRITON)),
         }.items():
             found.append(struck(fault, strike, models, whole, faults))
     record = {"machine": facts, "settings": {"faults": faults}, "rows": [asdict(item) for item in found]}
@@ -86,9 +86,10 @@ def struck(
     return Healed(fault, seconds, errors, wrong)
 
 
-def pids(name: str) -> list[int]:
-    """The service's processes of a name."""
-    return [int(process.rpartition(" ")[2]) for process in of_descendants() if process.startswith(name)]
+def pids(service: Service, name: str) -> list[int]:
+    """A service's processes of a name: not those of others that this process has."""
+    found = [int(process.rpartition(" ")[2]) for process in of_descendants() if process.startswith(name)]
+    return [pid for pid in found if os.getpgid(pid) == service.triton_pid]
 
 
 def send(number: int, processes: Sequence[int]) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from covae_apps.bench.graphs import untrained
-from covae_core.contract import served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS
+from covae_core.release import MODEL_FILE
 from covae_export.conversion import convert
-from covae_export.exporting import CONFIG_FILE, MODEL_FILE, default_score_samples
+from covae_export.exporting import Deployment, default_score_samples, publish
 from covae_export.graphs import build_graph
-from covae_export.triton_config import build_config, to_text
 from covae_train.families import families
 
 DRAWS = 8
@@ -40,13 +40,15 @@ def untrained_repository(
     with TemporaryDirectory(prefix="covae-bench-") as place:
         for family in families:
             model, spec = untrained(image_shape, default_score_samples(image_shape), DRAWS, family, **options)
-            for name in operations:
-                if name in spec.operations:
-                    folder = Path(place, served_name(family, name))
-                    (folder / "1").mkdir(parents=True)
-                    convert(build_graph(OPERATIONS[name], model, spec), folder / "1" / MODEL_FILE)
-                    config = build_config(family, spec, OPERATIONS[name], threads=threads, instance_kind=device)
-                    (folder / CONFIG_FILE).write_text(to_text(config))
+            spec = replace(spec, operations=tuple(name for name in spec.operations if name in operations))
+            if not spec.operations:
+                continue
+            with TemporaryDirectory(prefix=".graphs-", dir=place) as graphs:
+                for name in spec.operations:
+                    Path(graphs, name).mkdir()
+                    convert(build_graph(OPERATIONS[name], model, spec), Path(graphs, name, MODEL_FILE))
+                deployment = Deployment(threads=threads, instance_kind=device)
+                publish(Path(graphs), Path(place), family, spec, deployment)
         yield Path(place)
 
 

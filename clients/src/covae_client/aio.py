@@ -64,11 +64,14 @@ class AsyncClient:
         timeout: Timeout | float | None = None,
         retry: Retry | int | None = None,
         tls: Tls | None = None,
+        token: str | None = None,
         headers: Mapping[str, str] | None = None,
         metrics: Any = None,
         tracer: Any = None,
     ) -> None:
-        self._transport = AsyncTransport(checked_settings(address, timeout, retry, tls, headers, metrics, tracer))
+        self._transport = AsyncTransport(
+            checked_settings(address, timeout, retry, tls, token, headers, metrics, tracer)
+        )
 
     def __repr__(self) -> str:
         return f"<AsyncClient of {self._transport.address}>"

@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from covae_client.errors import ConnectionFailed, NotFound, ServerFault
+from covae_client.errors import AccessDenied, ModelChanged, NotFound, ServerFault
 from covae_client.transport import Endpoint, Question, Steps
-from covae_core.contract import ModelSpec, served_name
+from covae_core.contract import MODEL_DIGEST, ModelSpec, served_name
 from covae_core.operations import OPERATIONS, split_served_name
+
+# How often to ask for an operation's config until it is of the same export as the others.
+SIBLINGS = 16
+# Triton's words for a model that it knows, but has not loaded now.
+HEALING = "has no available versions"
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,12 @@ def list_models() -> Steps[dict[str, tuple[str, ...]]]:
     """Names of the served models, sorted, each with its operations.
 
     Raises:
-        ConnectionFailed: the server refuses, or does not answer.
+        AccessDenied: the server refuses. ConnectionFailed: it does not answer.
     """
     try:
         index = yield Question("models", "get_model_repository_index", (), once=True)
-    except ConnectionFailed as error:
-        raise ConnectionFailed(
+    except AccessDenied as error:
+        raise AccessDenied(
             f"{error}. If the server runs, it keeps its list of models to itself, as `covae serve` has it: open a "
             "model by its name, or pass the server's key in Client(headers=…)"
         ) from error
@@ -41,20 +46,24 @@ def list_models() -> Steps[dict[str, tuple[str, ...]]]:
     return {name: tuple(operation for operation in OPERATIONS if operation in found[name]) for name in sorted(found)}
 
 
-def find_model(name: str, address: str) -> Steps[Found]:
-    """The model of that name, with the operations that the server serves of it.
+def find_model(name: str, address: str, *, waited: bool = False) -> Steps[Found]:
+    """The model of that name, with the operations that the server serves of it. waited: for one that heals, already.
 
     Raises:
         NotFound: the server serves none of its operations.
         InvalidArgument: `covae export` did not write the model, or its contract version is another.
-        ServerFault: its operations come from different training runs.
+        ServerFault: its operations come from different exports.
     """
-    configs = {}
+    configs: dict[str, Any] = {}
     for operation in OPERATIONS:
-        config = yield from find_config(name, operation)
+        first = next(iter(configs.values()), None)
+        config = yield from _find_sibling(name, operation, first)
         if config is not None:
             configs[operation] = config
     if not configs:
+        for operation in () if waited else OPERATIONS:
+            if (yield from _until_healed(name, operation)):
+                return (yield from find_model(name, address, waited=True))
         raise NotFound(
             f"{name}: {address} serves no operation of a model of this name; check the name, or serve it with "
             f"`covae serve {name}`"
@@ -62,8 +71,8 @@ def find_model(name: str, address: str) -> Steps[Found]:
     specs = {operation: ModelSpec.from_config(config) for operation, config in configs.items()}
     spec = next(iter(specs.values()))
     if any(other != spec for other in specs.values()):
-        runs = ", ".join(f"{operation} {other.run_digest}" for operation, other in specs.items())
-        raise ServerFault(f"{name}: its operations come from different training runs ({runs}); export it again")
+        runs = ", ".join(f"{operation} {other.model_digest[:12]}" for operation, other in specs.items())
+        raise ServerFault(f"{name}: its operations come from different exports ({runs}); export it again")
     return Found(spec, {operation: endpoint(name, operation, spec, config) for operation, config in configs.items()})
 
 
@@ -71,13 +80,15 @@ def find_endpoint(name: str, operation: str, spec: ModelSpec) -> Steps[Endpoint 
     """One operation of a model that is known, which may have been loading or healing; None if it is not served.
 
     Raises:
-        ServerFault: the server now has another training run of it.
+        ModelChanged: the server now has another export of it.
     """
     config = yield from find_config(name, operation)
+    if config is None and (yield from _until_healed(name, operation)):
+        config = yield from find_config(name, operation)
     if config is None:
         return None
     if ModelSpec.from_config(config) != spec:
-        raise ServerFault(f"{name}: the server now has another training run of it; open the model again")
+        raise ModelChanged(f"{name}: the server now has another export of it; open the model again")
     return endpoint(name, operation, spec, config)
 
 
@@ -94,6 +105,21 @@ def find_digest(name: str, operations: Sequence[str]) -> Steps[str]:
     raise NotFound(f"{name}: the server no longer serves any operation of it")
 
 
+def _find_sibling(name: str, operation: str, first: Any) -> Steps[Any]:
+    """The config of one operation, of the export that `first` is of if any server has it: behind an address may be
+    several, of which some already have the next one."""
+    config = yield from find_config(name, operation)
+    for _ in range(SIBLINGS):
+        if first is None or config is None or _digest(config) == _digest(first):
+            break
+        config = yield from find_config(name, operation)
+    return config
+
+
+def _digest(config: Any) -> str:
+    return str(config.parameters[MODEL_DIGEST].string_value) if MODEL_DIGEST in config.parameters else ""
+
+
 def find_config(name: str, operation: str) -> Steps[Any]:
     """The config of one operation; None if it is not served: readiness says so without an error."""
     served = served_name(name, operation)
@@ -107,11 +133,28 @@ def find_config(name: str, operation: str) -> Steps[Any]:
     return answer.config
 
 
+def _until_healed(name: str, operation: str) -> Steps[bool]:
+    """Wait for an operation that the server knows and does not have now, as its supervisor loads it anew; whether it
+    was one.
+
+    Raises:
+        NotFound: it does not come back in the time of a request.
+    """
+    served = served_name(name, operation)
+    try:
+        yield Question(served, "get_model_config", (served,), once=True)
+    except NotFound as error:
+        if HEALING not in str(error):
+            return False
+        yield Question(served, "get_model_config", (served,))  # asked again until it is there
+    return True
+
+
 def endpoint(name: str, operation: str, spec: ModelSpec, config: Any) -> Endpoint:
     """Where an operation is found, and its tensors."""
     entry = OPERATIONS[operation]
     batch = max(1, config.max_batch_size)
-    return Endpoint(served_name(name, operation), entry.inputs(spec), entry.outputs(spec), batch)
+    return Endpoint(served_name(name, operation), entry.inputs(spec), entry.outputs(spec), batch, spec.model_digest)
 
 
 def not_served(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +17,7 @@ from covae_client.metrics import metrics_in
 from covae_client.model import Model
 from covae_client.retry import Retry, Timeout
 from covae_client.transport import Settings, Tls, Transport
+from covae_core.contract import TOKEN_HEADER
 
 DEFAULT_ADDRESS = "localhost:8001"
 HEADER = re.compile(r"[0-9a-z_.-]+")
@@ -31,9 +34,11 @@ class Client:
     address: HOST:PORT of the server's gRPC endpoint, or several with commas between, over which requests are spread: a
     dead one is left, and come back to when it answers; `dns:///HOST:PORT` spreads them over all hosts of that name.
     timeout: a `Timeout`, or seconds for one request with all its retries. retry: a `Retry`, or how many attempts.
-    tls: None for plain text. headers: sent along with every request, for example credentials; gRPC has their names in
-    lower case. metrics: a `prometheus_client.CollectorRegistry` for histograms of the requests; see `RequestMetrics`.
-    tracer: an OpenTelemetry tracer for a span of each request, which the server's spans continue.
+    tls: a `Tls`. token: what the server's --token-file holds. Where these are not given, the environment's COVAE_TLS_CA
+    ("system" for this machine's own authorities), COVAE_TLS_CERT, COVAE_TLS_KEY and COVAE_TOKEN_FILE name files of
+    them; with none, plain text and no token. headers: sent along with every request, for example credentials; gRPC has
+    their names in lower case. metrics: a `prometheus_client.CollectorRegistry` for histograms of the requests; see
+    `RequestMetrics`. tracer: an OpenTelemetry tracer for a span of each request, which the server's spans continue.
 
     Raises:
         InvalidArgument: the address is no HOST:PORT, timeout or retry is of another kind, a header's name cannot be
@@ -47,11 +52,12 @@ class Client:
         timeout: Timeout | float | None = None,
         retry: Retry | int | None = None,
         tls: Tls | None = None,
+        token: str | None = None,
         headers: Mapping[str, str] | None = None,
         metrics: Any = None,
         tracer: Any = None,
     ) -> None:
-        self._transport = Transport(checked_settings(address, timeout, retry, tls, headers, metrics, tracer))
+        self._transport = Transport(checked_settings(address, timeout, retry, tls, token, headers, metrics, tracer))
 
     def __repr__(self) -> str:
         return f"<Client of {self._transport.address}>"
@@ -74,7 +80,7 @@ class Client:
         Raises:
             NotFound: the server serves none of its operations.
             InvalidArgument: `covae export` did not write the model, or its contract version is another.
-            ServerFault: its operations come from different training runs.
+            ServerFault: its operations come from different exports.
             ServerError: the server does not answer, or not in time.
         """
         found = self._transport.run(find_model(name, self._transport.address))
@@ -87,7 +93,7 @@ class Client:
         it knows. Where another server asks for a key, pass it: `Client(headers={"triton-grpc-protocol-…": KEY})`.
 
         Raises:
-            ConnectionFailed: the server refuses, or does not answer.
+            AccessDenied: the server refuses. ConnectionFailed: it does not answer.
         """
         return self._transport.run(list_models())
 
@@ -97,6 +103,7 @@ def checked_settings(
     timeout: Timeout | float | None,
     retry: Retry | int | None,
     tls: Tls | None,
+    token: str | None,
     headers: Mapping[str, str] | None,
     metrics: Any,
     tracer: Any,
@@ -110,7 +117,22 @@ def checked_settings(
     measured = None if metrics is None else metrics_in(metrics)
     if tracer is not None and not hasattr(tracer, "start_as_current_span"):
         raise InvalidArgument(f"tracer: found {tracer!r}, expected an OpenTelemetry tracer")
-    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(headers or {}), measured, tracer)
+    token = token if token is not None else _token_of(os.environ.get("COVAE_TOKEN_FILE", ""))
+    given = {**(headers or {}), **({TOKEN_HEADER: token} if token else {})}
+    tls = tls or _tls_of(os.environ)
+    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(given), measured, tracer)
+
+
+def _token_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip() if path else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"COVAE_TOKEN_FILE: found {path}, expected the file of a token ({error})") from error
+
+
+def _tls_of(environment: Mapping[str, str]) -> Tls | None:
+    roots, chain, key = (environment.get(f"COVAE_TLS_{name}") or None for name in ("CA", "CERT", "KEY"))
+    return Tls(None if roots == "system" else roots, key, chain) if roots or chain or key else None
 
 
 def _timeout(given: Timeout | float | None) -> Timeout:

@@ -10,6 +10,7 @@ CovaeError                   everything Covae raises on purpose, on either side 
     ├── NotFound             the server has no such model or operation
     ├── InvalidRequest       the server refused a request's contents
     └── ServerFault          the server failed while it did the work
+        └── ModelChanged     the server now has another export of the model than the one that was opened
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = [
     "ImageFileError",
     "InvalidArgument",
     "InvalidRequest",
+    "ModelChanged",
     "NotFound",
     "ServerError",
     "ServerFault",
@@ -61,3 +63,7 @@ class InvalidRequest(ServerError):
 
 class ServerFault(ServerError):
     """The server failed while it did the work."""
+
+
+class ModelChanged(ServerFault):
+    """The server now has another export of the model than the one that was opened; nothing of it was computed."""

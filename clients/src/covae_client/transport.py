@@ -21,13 +21,14 @@ from covae_client.errors import (
     DeadlineExceeded,
     InvalidArgument,
     InvalidRequest,
+    ModelChanged,
     NotFound,
     ServerError,
     ServerFault,
 )
 from covae_client.metrics import Request, RequestMetrics, Requests
 from covae_client.retry import Budget, Retry, Timeout, with_retries
-from covae_core.contract import HALVED, NUMPY_DTYPES, TensorSpec
+from covae_core.contract import HALVED, MODEL_DIGEST, NUMPY_DTYPES, TensorSpec
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -51,12 +52,15 @@ STATUS_ERRORS: Mapping[str, tuple[type[ServerError], str]] = {
     "NOT_FOUND": (NotFound, "the server does not serve it, or no longer"),
     "INVALID_ARGUMENT": (InvalidRequest, "do the client's and the exported model's versions match?"),
     "FAILED_PRECONDITION": (InvalidRequest, "do the client's and the exported model's versions match?"),
+    "ALREADY_EXISTS": (ModelChanged, "open the model again with client.model(…)"),
     "RESOURCE_EXHAUSTED": (InvalidRequest, "the message is larger than the server, or a proxy before it, takes"),
     "UNIMPLEMENTED": (InvalidRequest, "is this a Triton server that `covae serve` started?"),
     "OUT_OF_RANGE": (InvalidRequest, "do the client's and the exported model's versions match?"),
     "PERMISSION_DENIED": (AccessDenied, "credentials go in Client(headers=…)"),
     "UNAUTHENTICATED": (AccessDenied, "credentials go in Client(headers=…)"),
 }
+# Triton's words where a token or key is missing; its status is UNAVAILABLE.
+RESTRICTED = "protocol is restricted"
 OTHER_STATUS: tuple[type[ServerError], str] = (ServerFault, "the server's log says more")
 
 
@@ -73,13 +77,15 @@ class Tls:
 class Endpoint:
     """One served Triton model: its name, its tensors (per row) and the largest batch that it takes.
 
-    halved: outputs that the server is asked to send as 16-bit floats.
+    model_digest: of the export that its answers must come from. halved: outputs that the server is asked to send as
+    16-bit floats.
     """
 
     model_name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
+    model_digest: str = ""
     halved: frozenset[str] = frozenset()
 
     @property
@@ -343,15 +349,21 @@ def request_tensors(endpoint: Endpoint, arrays: Mapping[str, NDArray[Any]]) -> l
     return tensors
 
 
-def request_parameters(endpoint: Endpoint) -> dict[str, str] | None:
+def request_parameters(endpoint: Endpoint) -> dict[str, str]:
     """What a request says beside its tensors."""
-    return {HALVED: ",".join(sorted(endpoint.halved))} if endpoint.halved else None
+    digest = {MODEL_DIGEST: endpoint.model_digest} if endpoint.model_digest else {}
+    return digest | ({HALVED: ",".join(sorted(endpoint.halved))} if endpoint.halved else {})
 
 
 def translated(address: str, action: str, error: Any) -> ServerError:
     """tritonclient's error as one of ours, by its status."""
     status = str(error.status()).removeprefix("StatusCode.")
     kind, next_step = STATUS_ERRORS.get(status, OTHER_STATUS)
+    if RESTRICTED in str(error.message()):
+        kind, next_step = (
+            AccessDenied,
+            "the server asks for a key: its token goes in Client(token=…) or COVAE_TOKEN_FILE",
+        )
     return kind(f"{action}: {address} says {status}: {error.message()} ({next_step})")
 
 

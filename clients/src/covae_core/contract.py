@@ -7,10 +7,11 @@ spells a tensor name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any
 
@@ -27,6 +28,14 @@ MOST_NAME = 128
 NAME_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MOST_NAME - 1}}}")
 # A request's parameter: names of outputs of FP32 that it wants as FP16, with commas between.
 HALVED = "halved"
+# A request's parameter: the digest of the model that it is meant for. A server that has another refuses it, with
+# Triton's status ALREADY_EXISTS, which nothing else says of an inference.
+MODEL_DIGEST = "model_digest"
+# Triton's name of the token that a server may ask of every request; the header is TOKEN_HEADER.
+TOKEN_NAME = "covae-token"
+TOKEN_HEADER = f"triton-grpc-protocol-{TOKEN_NAME}"
+# A configuration's parameter: the SHA-256 of the operation's graph, in hexadecimal.
+GRAPH_DIGEST = "graph_sha256"
 # A model has one of these latents, both, or none; their streams of noise, of the prior and of the posterior.
 LATENT_STREAMS: Mapping[str, tuple[Stream, Stream]] = {
     "latent": (Stream.LATENT, Stream.POSTERIOR),
@@ -73,8 +82,10 @@ class ModelSpec:
     name, the mean first. scoring_parameters: those of them that have other values where the model scores than where it
     draws; on the wire they are named scoring_NAME. operations: those that the model can do. score_samples: M, the
     importance weights of one row of `score`; draw_samples: the images that one row of `draw` yields. run_id,
-    run_digest: the training run. data: the name of what it was trained on. calibration: the scores of unseen images;
-    None if the run was not calibrated.
+    run_digest: the training run, and the SHA-256 of its configuration, checkpoint and calibration. model_digest: what
+    was exported of it, the SHA-256 of all of this and of every operation's graph: the same digest, the same answers.
+    data: the name of what it was trained on. calibration: the scores of unseen images; None if the run was not
+    calibrated.
     """
 
     family: str
@@ -91,6 +102,7 @@ class ModelSpec:
     run_id: str
     run_digest: str
     data: str
+    model_digest: str = ""
     calibration: Calibration | None = None
     value_range: tuple[float, float] = (0.0, 1.0)
     noise_version: int = NOISE_VERSION
@@ -100,6 +112,11 @@ class ModelSpec:
     def colour(self) -> str:
         """`grey` or `rgb`."""
         return COLOURS[self.image_shape[2]]
+
+    def exported(self, graphs: Mapping[str, str]) -> ModelSpec:
+        """This spec with the digest of what was exported; graphs: the SHA-256 of each operation's, by its name."""
+        text = json.dumps([replace(self, model_digest="").to_parameters(), dict(graphs)], sort_keys=True)
+        return replace(self, model_digest=hashlib.sha256(text.encode()).hexdigest())
 
     def latent_tensors(self) -> tuple[TensorSpec, ...]:
         """One tensor for each latent."""

@@ -18,6 +18,7 @@ The file stands alone: Triton's stub imports it with nothing but NumPy, ONNX Run
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,10 @@ PROBE_ID = "covae-probe"
 LARGEST = 1e6
 # A request's parameter: names of outputs that it wants as 16-bit floats, with commas; `covae_core.contract.HALVED`.
 HALVED = "halved"
+# Another: the digest of the model that it is meant for; `covae_core.contract.MODEL_DIGEST`. And a parameter of the
+# config: the SHA-256 of the graph; `covae_core.contract.GRAPH_DIGEST`.
+MODEL_DIGEST = "model_digest"
+GRAPH_DIGEST = "graph_sha256"
 # From 0.1 ms to 52 s, each twice the one before.
 SECONDS = [1e-4 * 2**k for k in range(20)]
 ROWS = [2**k for k in range(9)]
@@ -95,6 +100,10 @@ class LoadError(ValueError):
 
 class RequestError(ValueError):
     """A request's contents are refused; the message names the tensor, the value found and the value expected."""
+
+
+class ChangedError(RequestError):
+    """A request is meant for another export of the model than this one."""
 
 
 class OutputError(RuntimeError):
@@ -174,7 +183,9 @@ class TritonPythonModel:
             self.outputs = tuple(Tensor.from_config(entry) for entry in config["output"])
             self.batched = config.get("max_batch_size", 0) > 0
             self.run_options = run_options(config)
-            self.session = load_session(path, session_options(config), providers(config, args))
+            self.model_digest = json.loads(parameter(config, MODEL_DIGEST, '""'))
+            graph = parameter(config, GRAPH_DIGEST, "")
+            self.session = load_session(path, graph, session_options(config), providers(config, args))
             check_signature("input", self.inputs, self.session.get_inputs(), self.batched)
             check_signature("output", self.outputs, self.session.get_outputs(), self.batched)
         except LoadError as error:
@@ -191,7 +202,9 @@ class TritonPythonModel:
             try:
                 job = self._read(index, request)
             except RequestError as error:
-                responses[index] = failure(str(error), pb_utils.TritonError.INVALID_ARG)
+                changed = isinstance(error, ChangedError)
+                code = pb_utils.TritonError.ALREADY_EXISTS if changed else pb_utils.TritonError.INVALID_ARG
+                responses[index] = failure(str(error), code)
                 if self._is_users(request.request_id()):
                     self.meter.count("refused")
                 self._log("refused", request.request_id(), error)
@@ -207,6 +220,12 @@ class TritonPythonModel:
         return responses
 
     def _read(self, index: int, request: Any) -> Job:
+        told = json.loads(request.parameters() or "{}")
+        wanted = told.get(MODEL_DIGEST, self.model_digest)
+        if wanted != self.model_digest:
+            raise ChangedError(
+                f"{MODEL_DIGEST}: the request is for {str(wanted)[:12]}, this server has {self.model_digest[:12]}"
+            )
         inputs: Arrays = {}
         for tensor in self.inputs:
             found = pb_utils.get_input_tensor_by_name(request, tensor.name)
@@ -217,14 +236,11 @@ class TritonPythonModel:
         rows = {name: array.shape[0] for name, array in inputs.items()} if self.batched else {}
         if len(set(rows.values())) > 1:
             raise RequestError(f"the inputs disagree on the number of rows: {rows}; send the same number in each")
-        wanted = tuple(request.requested_output_names())
-        halved = self._halved(request.parameters())
-        return Job(index, inputs, max(rows.values(), default=1), wanted, request.request_id(), halved)
+        outputs = tuple(request.requested_output_names())
+        halved = self._halved(told.get(HALVED, ""))
+        return Job(index, inputs, max(rows.values(), default=1), outputs, request.request_id(), halved)
 
-    def _halved(self, parameters: str) -> frozenset[str]:
-        if HALVED not in parameters:
-            return frozenset()
-        text = json.loads(parameters).get(HALVED, "")
+    def _halved(self, text: Any) -> frozenset[str]:
         names = frozenset(str(text).split(",")) if text else frozenset()
         floats = [tensor.name for tensor in self.outputs if tensor.data_type == "TYPE_FP32"]
         if not names <= set(floats):
@@ -437,14 +453,25 @@ def check_output(tensor: Tensor, array: Array, rows: int | None) -> Array:
     return array
 
 
-def load_session(path: Path, options: Any, wanted: list[tuple[str, dict[str, str]]]) -> Any:
-    """Open the graph on the wanted providers.
+def load_session(path: Path, digest: str, options: Any, wanted: list[tuple[str, dict[str, str]]]) -> Any:
+    """Open the graph on the wanted providers. digest: its SHA-256; "" of a config that does not tell.
 
     Raises:
-        LoadError: the file is missing or is no ONNX graph, or a provider is absent or did not start.
+        LoadError: the file is missing, another than the config's, or no ONNX graph, or a provider is absent or did not
+            start.
     """
-    if not path.is_file():
-        raise LoadError("no such file; export the model again")
+    try:
+        graph = path.read_bytes()
+    except FileNotFoundError:
+        raise LoadError("no such file; export the model again") from None
+    except OSError as error:
+        raise LoadError(f"{error.strerror}; may this user read it?") from error
+    found = hashlib.sha256(graph).hexdigest()
+    if digest not in ("", found):
+        raise LoadError(
+            f"its SHA-256 is {found[:12]}…, config.pbtxt has {digest[:12]}…: the file is damaged or another's; export "
+            "the model again"
+        )
     available = ort.get_available_providers()
     missing = [name for name, _ in wanted if name not in available]
     if missing:
@@ -456,7 +483,7 @@ def load_session(path: Path, options: Any, wanted: list[tuple[str, dict[str, str
         # CUDA and cuDNN may have come as Python packages, where the dynamic loader does not look.
         ort.preload_dlls()
     try:
-        session = ort.InferenceSession(path, sess_options=options, providers=wanted)
+        session = ort.InferenceSession(graph, sess_options=options, providers=wanted)
     except Exception as error:
         raise LoadError(f"ONNX Runtime cannot load it: {error}; export the model again") from error
     if session.get_providers()[0] != wanted[0][0]:
