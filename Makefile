@@ -5,7 +5,7 @@ DATA ?= digits
 TEST_PROCESSES ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick check format clean
+.PHONY: demo test quick soak check format clean
 
 .venv/.installed: pyproject.toml clients/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("Python %d.%d found; Covae needs 3.11 or 3.12: make PYTHON=/path/to/python3.11" % v)'
@@ -21,6 +21,9 @@ test: .venv/.installed ## every test, the slow ones against a real Triton too
 
 quick: .venv/.installed ## the tests that are not marked slow
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) -m "not slow"
+
+soak: .venv/.installed ## tests/soak in full, three quarters of an hour; leaves bench/reliability.json
+	COVAE_SOAK=1 $(BIN)/python -m pytest tests/soak -s
 
 check: .venv/.installed ## ruff, mypy --strict, both wheels, and every module from a clean environment
 	$(BIN)/ruff check

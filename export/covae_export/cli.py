@@ -31,9 +31,12 @@ def export(
     instances: Annotated[int, typer.Option(min=1, help="server processes per operation")] = 1,
     instance_kind: Annotated[str, typer.Option(help="cpu, gpu, or auto: the GPU where there is one")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one instance")] = 1,
-    max_queue_size: Annotated[
-        int, typer.Option(min=0, help="requests that may wait; 0: any number. A bound costs tail latency")
-    ] = 0,
+    max_wait: Annotated[
+        float, typer.Option(min=0, help="seconds that a request may wait, then it is refused; 0: until its deadline")
+    ] = 0.0,
+    priorities: Annotated[
+        bool, typer.Option("--priorities", help="answer batch jobs' requests after all others'")
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="operations exported at a time  [as many as cores, at most 4]")
     ] = None,
@@ -65,7 +68,7 @@ def export(
             operations=operations.split(",") if operations else (),
             score_samples=score_samples,
             draw_samples=draw_samples,
-            deployment=Deployment(max_batch_size, instances, instance_kind, threads, max_queue_size),
+            deployment=Deployment(max_batch_size, instances, instance_kind, threads, max_wait, priorities),
             on_operation=say,
             jobs=jobs,
         )

@@ -51,7 +51,8 @@ class Deployment:
     instances: int = 1
     instance_kind: str = "cpu"
     threads: int = 1
-    max_queue_size: int = 0
+    max_wait_s: float = 0.0
+    priorities: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from covae_core.contract import GRAPH_DIGEST, PLATFORM_BACKEND, ModelSpec, TensorSpec, served_name
+from covae_core.contract import GRAPH_DIGEST, PLATFORM_BACKEND, ModelSpec, Priority, TensorSpec, served_name
 from covae_core.operations import Operation
 
 INSTANCE_KINDS = {
@@ -26,7 +26,8 @@ def build_config(
     instances: int = 1,
     instance_kind: str = "cpu",
     threads: int = 1,
-    max_queue_size: int = 0,
+    max_wait_s: float = 0.0,
+    priorities: bool = False,
 ) -> pb.ModelConfig:
     """The configuration of one operation of the model `name`.
 
@@ -36,9 +37,10 @@ def build_config(
         instances: processes per model (per GPU with `gpu`)
         instance_kind: `cpu`, `gpu`, or `auto` (the GPU where there is one; needs the extra `gpu` there)
         threads: threads with which one instance runs its graph on the CPU
-        max_queue_size: requests that may wait, 0 for any number. Any bound makes Triton 2.51's batcher miss wake-ups on
-            busy cores and sleep its 500 ms (see docs/results.md), so by default the clients' deadlines are the bound:
-            a request whose client has given up leaves the queue.
+        max_wait_s: a request that has waited so long is refused (UNAVAILABLE), so that a server with too much to do
+            answers as many as it can, in time; 0: by default the clients' deadlines are the bound. A bound on the
+            queue's length instead makes Triton 2.51's batcher sleep 500 ms at nearly every batch (docs/reliability.md)
+        priorities: requests of priority 2 (batch jobs) wait for those of 1
     """
     config = pb.ModelConfig(
         name=served_name(name, operation.name),
@@ -52,8 +54,11 @@ def build_config(
         model_warmup=[_warm_up(spec, operation)],
     )
     config.dynamic_batching.SetInParent()
-    if max_queue_size:
-        config.dynamic_batching.default_queue_policy.max_queue_size = max_queue_size
+    if priorities:
+        config.dynamic_batching.priority_levels = len(Priority)
+        config.dynamic_batching.default_priority_level = Priority.INTERACTIVE
+    if max_wait_s:
+        config.dynamic_batching.default_queue_policy.default_timeout_microseconds = round(1e6 * max_wait_s)
     values = spec.to_parameters() | {
         "operation": operation.name,
         GRAPH_DIGEST: graph_digest,

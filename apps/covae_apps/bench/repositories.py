@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +27,12 @@ def untrained_repository(
     image_shape: tuple[int, int, int],
     operations: Sequence[str],
     threads: int,
-    device: str = "cpu",
+    *,
+    deployment: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[Path]:
-    """A repository of untrained models, each named as its family, as long as the context lasts.
+    """A repository of untrained models, each named as its family, as long as the context lasts. deployment: other
+    fields of `Deployment`; options: the families'.
 
     Their graphs are not compared with torch, as those of `covae export` are.
 
@@ -47,8 +49,7 @@ def untrained_repository(
                 for name in spec.operations:
                     Path(graphs, name).mkdir()
                     convert(build_graph(OPERATIONS[name], model, spec), Path(graphs, name, MODEL_FILE))
-                deployment = Deployment(threads=threads, instance_kind=device)
-                publish(Path(graphs), Path(place), family, spec, deployment)
+                publish(Path(graphs), Path(place), family, spec, Deployment(threads=threads, **(deployment or {})))
         yield Path(place)
 
 
@@ -68,7 +69,7 @@ def benchmarked(
         return
     shape = parse_shape("--untrained", untrained)
     chosen = names or [name for name in families() if name != "low-rank-normal"]
-    with untrained_repository(chosen, shape, operations, threads, device) as place:
+    with untrained_repository(chosen, shape, operations, threads, deployment={"instance_kind": device}) as place:
         yield place, chosen
 
 

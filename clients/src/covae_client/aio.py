@@ -39,6 +39,7 @@ from covae_client.transport import (
     request_tensors,
     translated,
 )
+from covae_core.contract import Priority
 
 if TYPE_CHECKING:
     from covae_core.densities import Density
@@ -68,9 +69,10 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         metrics: Any = None,
         tracer: Any = None,
+        priority: int = Priority.INTERACTIVE,
     ) -> None:
         self._transport = AsyncTransport(
-            checked_settings(address, timeout, retry, tls, token, headers, metrics, tracer)
+            checked_settings(address, timeout, retry, tls, token, headers, metrics, tracer, priority)
         )
 
     def __repr__(self) -> str:
@@ -261,7 +263,12 @@ class AsyncTransport:
                 question = Question(endpoint.model_name, "infer", (endpoint.model_name, tensors))
                 with self._requests.one(endpoint, rows) as request:
                     headers = {**self.settings.headers, **request.headers}
-                    told = {"outputs": wanted, "request_id": request.id, "parameters": request_parameters(endpoint)}
+                    told: dict[str, Any] = {
+                        "outputs": wanted,
+                        "request_id": request.id,
+                        "parameters": request_parameters(endpoint),
+                    }
+                    told |= {"priority": self.settings.priority}
                     answer = await self.call(question, request.again, headers=headers, **told)
                     for tensor in endpoint.outputs:
                         results[tensor.name][part] = checked_output(answer, tensor, rows, endpoint)
@@ -284,8 +291,8 @@ class AsyncTransport:
             ServerError: one of its kinds, by status. InvalidArgument: the client is closed.
         """
         await self._connect()
-        retry = Retry(attempts=1) if question.once else self.settings.retry
-        attempts = Attempts(retry, self.settings.timeout.request_s, self._budget, on_retry)
+        request_s = self.settings.timeout.request_s
+        attempts = Attempts(self.settings.retry, request_s, self._budget, on_retry, question.optional)
         while True:
             try:
                 await self._doubt(attempts.seconds_left)

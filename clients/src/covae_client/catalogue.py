@@ -32,7 +32,7 @@ def list_models() -> Steps[dict[str, tuple[str, ...]]]:
         AccessDenied: the server refuses. ConnectionFailed: it does not answer.
     """
     try:
-        index = yield Question("models", "get_model_repository_index", (), once=True)
+        index = yield Question("models", "get_model_repository_index", ())
     except AccessDenied as error:
         raise AccessDenied(
             f"{error}. If the server runs, it keeps its list of models to itself, as `covae serve` has it: open a "
@@ -127,7 +127,7 @@ def find_config(name: str, operation: str) -> Steps[Any]:
     if not ready:
         return None
     try:
-        answer = yield Question(served, "get_model_config", (served,), once=True)
+        answer = yield Question(served, "get_model_config", (served,), optional=True)
     except NotFound:  # its process has just died
         return None
     return answer.config
@@ -142,7 +142,7 @@ def _until_healed(name: str, operation: str) -> Steps[bool]:
     """
     served = served_name(name, operation)
     try:
-        yield Question(served, "get_model_config", (served,), once=True)
+        yield Question(served, "get_model_config", (served,), optional=True)
     except NotFound as error:
         if HEALING not in str(error):
             return False

@@ -17,7 +17,7 @@ from covae_client.metrics import metrics_in
 from covae_client.model import Model
 from covae_client.retry import Retry, Timeout
 from covae_client.transport import Settings, Tls, Transport
-from covae_core.contract import TOKEN_HEADER
+from covae_core.contract import TOKEN_HEADER, Priority
 
 DEFAULT_ADDRESS = "localhost:8001"
 HEADER = re.compile(r"[0-9a-z_.-]+")
@@ -39,6 +39,7 @@ class Client:
     them; with none, plain text and no token. headers: sent along with every request, for example credentials; gRPC has
     their names in lower case. metrics: a `prometheus_client.CollectorRegistry` for histograms of the requests; see
     `RequestMetrics`. tracer: an OpenTelemetry tracer for a span of each request, which the server's spans continue.
+    priority: 2 for requests that may wait for others', where a model was exported with `--priorities`; 1 for the rest.
 
     Raises:
         InvalidArgument: the address is no HOST:PORT, timeout or retry is of another kind, a header's name cannot be
@@ -56,8 +57,10 @@ class Client:
         headers: Mapping[str, str] | None = None,
         metrics: Any = None,
         tracer: Any = None,
+        priority: int = Priority.INTERACTIVE,
     ) -> None:
-        self._transport = Transport(checked_settings(address, timeout, retry, tls, token, headers, metrics, tracer))
+        settings = checked_settings(address, timeout, retry, tls, token, headers, metrics, tracer, priority)
+        self._transport = Transport(settings)
 
     def __repr__(self) -> str:
         return f"<Client of {self._transport.address}>"
@@ -107,6 +110,7 @@ def checked_settings(
     headers: Mapping[str, str] | None,
     metrics: Any,
     tracer: Any,
+    priority: int,
 ) -> Settings:
     """How to reach a server, from what a user gave.
 
@@ -118,9 +122,11 @@ def checked_settings(
     if tracer is not None and not hasattr(tracer, "start_as_current_span"):
         raise InvalidArgument(f"tracer: found {tracer!r}, expected an OpenTelemetry tracer")
     token = token if token is not None else _token_of(os.environ.get("COVAE_TOKEN_FILE", ""))
+    if isinstance(priority, bool) or priority not in tuple(Priority):
+        raise InvalidArgument(f"priority: found {priority!r}, expected 1, or 2 for requests that may wait for others'")
     given = {**(headers or {}), **({TOKEN_HEADER: token} if token else {})}
     tls = tls or _tls_of(os.environ)
-    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(given), measured, tracer)
+    return Settings(address, _timeout(timeout), _retry(retry), tls, _headers(given), measured, tracer, int(priority))
 
 
 def _token_of(path: str) -> str:

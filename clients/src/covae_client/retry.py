@@ -98,11 +98,18 @@ class Budget:
 
 
 class Attempts:
-    """The attempts of one call: how long each may take, and the pauses between them. on_retry: called before each."""
+    """The attempts of one call: how long each may take, and the pauses between them. on_retry: called before each.
+    optional: that there is no such thing is an answer too, and not asked again."""
 
     def __init__(
-        self, retry: Retry, request_s: float, budget: Budget, on_retry: Callable[[], None] = lambda: None
+        self,
+        retry: Retry,
+        request_s: float,
+        budget: Budget,
+        on_retry: Callable[[], None] = lambda: None,
+        optional: bool = False,
     ) -> None:
+        self._optional = optional
         self._retry, self._deadline, self._failures = retry, time.monotonic() + request_s, 0
         self._budget, self._on_retry = budget, on_retry
 
@@ -114,6 +121,8 @@ class Attempts:
     def pause_s(self, error: Exception) -> float | None:
         """Seconds to wait after another failure; None if attempts or time have run out."""
         self._failures += 1
+        if self._optional and isinstance(error, NotFound):
+            return None
         if isinstance(error, ModelChanged):
             return 0.0 if self._failures < min(OTHERS, self._retry.attempts or OTHERS) else None
         if not self._retry.allows(self._failures, error):
@@ -134,13 +143,15 @@ def with_retries(
     stop: Event,
     budget: Budget | None = None,
     on_retry: Callable[[], None] = lambda: None,
+    optional: bool = False,
 ) -> Result:
-    """Run `call(seconds left)` until it no longer raises ASKED_AGAIN, attempts or time run out, or `stop` is set.
+    """Run `call(seconds left)` until it no longer raises ASKED_AGAIN, attempts or time run out, or `stop` is set;
+    optional, on_retry: as of `Attempts`.
 
     Raises:
         ServerError: that of the last attempt.
     """
-    attempts = Attempts(retry, request_s, budget or Budget(), on_retry)
+    attempts = Attempts(retry, request_s, budget or Budget(), on_retry, optional)
     while True:
         try:
             return call(attempts.seconds_left)

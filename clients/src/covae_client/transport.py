@@ -28,7 +28,7 @@ from covae_client.errors import (
 )
 from covae_client.metrics import Request, RequestMetrics, Requests
 from covae_client.retry import Budget, Retry, Timeout, with_retries
-from covae_core.contract import HALVED, MODEL_DIGEST, NUMPY_DTYPES, TensorSpec
+from covae_core.contract import HALVED, MODEL_DIGEST, NUMPY_DTYPES, Priority, TensorSpec
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -111,19 +111,21 @@ class Settings:
     headers: Mapping[str, str]
     metrics: RequestMetrics | None = None
     tracer: Any = None
+    priority: int = Priority.INTERACTIVE
 
 
 @dataclass(frozen=True)
 class Question:
     """A call that whoever runs some steps makes, now or in an event loop, and sends the answer back.
 
-    method, arguments: of tritonclient's client; action opens an error's message; once: it must not be repeated.
+    method, arguments: of tritonclient's client; action opens an error's message; optional: NotFound is an
+    answer, and not asked again.
     """
 
     action: str
     method: str
     arguments: tuple[Any, ...]
-    once: bool = False
+    optional: bool = False
 
 
 # Questions to the server one after the other, and what their answers come to.
@@ -166,11 +168,12 @@ class Transport:
         action: str,
         method: str,
         *arguments: Any,
-        retry: Retry | None = None,
+        optional: bool = False,
         on_retry: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> Any:
         """Call a method of tritonclient's client with deadline and retries; `action` opens the message of an error.
+        optional: as of `Question`.
 
         Raises:
             ServerError: one of its kinds, by STATUS_ERRORS.
@@ -184,11 +187,12 @@ class Transport:
 
         return with_retries(
             attempt,
-            retry=retry or self._retry,
+            retry=self._retry,
             request_s=self._timeout.request_s,
             stop=self._closed,
             budget=self._budget,
             on_retry=on_retry,
+            optional=optional,
         )
 
     def infer(
@@ -222,9 +226,10 @@ class Transport:
         try:
             question = next(steps)
             while True:
-                retry = Retry(attempts=1) if question.once else None
                 try:
-                    answer = self.call(question.action, question.method, *question.arguments, retry=retry)
+                    answer = self.call(
+                        question.action, question.method, *question.arguments, optional=question.optional
+                    )
                 except ServerError as error:
                     question = steps.throw(error)
                 else:
@@ -247,6 +252,7 @@ class Transport:
             request_id=request.id,
             headers=self._headers | request.headers,
             parameters=request_parameters(endpoint),
+            priority=self.settings.priority,
             on_retry=request.again,
         )
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 from math import prod
 from typing import Any
 
@@ -51,6 +52,13 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP32": np.dtype(np.float32),
     "FP64": np.dtype(np.float64),
 }
+
+
+class Priority(IntEnum):
+    """What a request says of its hurry; a model that was exported with priorities answers the lower numbers first."""
+
+    INTERACTIVE = 1
+    BATCH = 2
 
 
 def served_name(name: str, operation: str) -> str:

@@ -22,6 +22,7 @@ from covae_client.errors import InvalidArgument
 from covae_client.metrics import batch_metrics_in
 from covae_client.model import Model
 from covae_client.retry import Timeout
+from covae_core.contract import Priority
 
 # Whoever finds it stops between two blocks; `resume` removes it.
 CANCELLED = "CANCELLED"
@@ -209,7 +210,7 @@ class Job:
             yield self._model(client)
 
     def _client(self, metrics: Any) -> Client:
-        return Client(self.server, timeout=Timeout(request_s=REQUEST_S), metrics=metrics)
+        return Client(self.server, timeout=Timeout(request_s=REQUEST_S), metrics=metrics, priority=Priority.BATCH)
 
     def _model(self, client: Client) -> Model:
         model = client.model(self.specification.model)
