@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
 
@@ -348,3 +350,64 @@ def test_bytes_that_fill_a_jpeg_take_no_time(picture):
     found = images.open_image(filled)
     assert time.process_time() - begun < 2  # 5 s and more if each byte were a segment
     np.testing.assert_array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content))))
+
+
+# What a fresh process takes at most to open an image and fit it, beyond what it had with all imports.
+MEASURE = """
+import os, resource, sys
+from PIL import Image
+from covae_core.images import fit_image, open_image
+mode, kind, width, height, path = sys.argv[1:]
+if os.fork() == 0:  # whose memory is not counted
+    grey = Image.linear_gradient("L").resize((int(width), int(height)))
+    Image.merge(mode, [grey] * len(mode)).save(path, kind)
+    os._exit(0)
+os.wait()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert fit_image(open_image(path), (64, 64, 3)).shape == (64, 64, 3)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "size"),
+    [
+        ("RGBA", "PNG", (5600, 5700)),
+        ("LA", "PNG", (5600, 5700)),
+        ("RGB", "JPEG", (8000, 7900)),
+        ("RGBA", "WEBP", (4000, 3990)),
+    ],
+)
+def test_the_largest_images_are_decoded_in_300_mb(mode, kind, size, tmp_path):
+    arguments = [mode, kind, *map(str, size), str(tmp_path / "large")]
+    told = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert float(told.stdout) < 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "size", "limit"),
+    [
+        ("PNG", {}, (8000, 4001), "32,000,000"),
+        ("WEBP", {}, (4001, 4000), "16,000,000"),
+        ("JPEG", {"progressive": True}, (8000, 4001), "32,000,000"),
+        ("JPEG", {}, (8000, 8001), "64,000,000"),
+    ],
+)
+def test_larger_ones_are_refused_before_they_are_decoded(kind, options, size, limit):
+    buffer = io.BytesIO()
+    Image.new("L", size).save(buffer, kind, **options)
+    with pytest.raises(
+        ImageFileError, match=f"photo: the {kind} image has {size[0]} × {size[1]} pixels, more than {limit}"
+    ):
+        images.open_image(buffer.getvalue(), "photo")
+
+
+def test_a_large_jpeg_is_read_at_half_its_sides():
+    grey = Image.linear_gradient("L").resize((6000, 5600))
+    buffer = io.BytesIO()
+    grey.save(buffer, "JPEG", quality=95)
+    image = images.open_image(buffer.getvalue())
+    assert image.size == (3000, 2800)
+    expected = np.asarray(grey.resize((30, 28), Image.Resampling.LANCZOS), np.int16)
+    assert np.abs(images.fit_image(image, (28, 30, 1))[..., 0] - expected).max() <= 2

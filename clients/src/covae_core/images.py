@@ -19,10 +19,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from covae_core.errors import ImageFileError, InvalidArgument
 
 MAX_FILE_BYTES = 64 * 2**20
-MAX_PIXELS = 64_000_000
+# Decoded, a pixel takes four bytes, and for a moment twice; while a WebP or a progressive JPEG is decoded, three times.
+MAX_PIXELS = 32_000_000
+MAX_DEAR_PIXELS = 16_000_000
+# A larger JPEG is decoded at a half of its sides, by its own transform.
+MAX_JPEG_PIXELS = 64_000_000
 # An edit fixes the pixels that are at least this opaque.
 OPAQUE_ALPHA = 128
 
+STRIP_ROWS = 64
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = {1: "L", 3: "RGB"}
@@ -120,8 +125,10 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
     """Open a PNG, JPEG or WebP image from a file or from a file's bytes, decode it and turn it upright (EXIF).
 
-    The format is told by the content alone. The file's size (MAX_FILE_BYTES) and the image's (MAX_PIXELS) are checked
-    before anything is decoded. Of an animation, or of a phone's several pictures in one JPEG, the first counts. What is
+    The format is told by the content alone. The file's size (MAX_FILE_BYTES) and the image's are checked before any is
+    decoded: MAX_PIXELS, of a WebP MAX_DEAR_PIXELS. A JPEG with more (progressive: with more than MAX_DEAR_PIXELS) is
+    decoded at half the size, up to MAX_JPEG_PIXELS (progressive: MAX_PIXELS), so that no image takes more than 300 MB.
+    Of an animation, or of a phone's several pictures in one JPEG, the first counts. What is
     wrong with a file's metadata never keeps its pixels from being read. `name` names the image in errors; by default
     the path.
 
@@ -213,11 +220,20 @@ def _identify(content: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ImageFileError(f"{name}: this is no PNG, JPEG or WebP image, or its header is damaged") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageFileError(f"{name}: the image has more than {MAX_PIXELS} pixels") from error
+        raise ImageFileError(f"{name}: the image has more than {MAX_JPEG_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
         raise ImageFileError(f"{name}: the image's header is damaged: {error}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageFileError(f"{name}: the image has {image.width} × {image.height} pixels, more than {MAX_PIXELS}")
+    pixels, is_jpeg = image.width * image.height, image.format == "JPEG"
+    dear = image.format == "WEBP" or (is_jpeg and bool(image.info.get("progressive")))
+    most = MAX_DEAR_PIXELS if dear else MAX_PIXELS  # at full size
+    limit = (MAX_PIXELS if dear else MAX_JPEG_PIXELS) if is_jpeg else most
+    if pixels > limit:
+        raise ImageFileError(
+            f"{name}: the {image.format} image has {image.width} × {image.height} pixels, more than {limit:,}; make it "
+            "smaller"
+        )
+    if pixels > most:
+        image.draft(image.mode, (image.width // 2, image.height // 2))
     return image
 
 
@@ -227,7 +243,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     except Exception as error:  # as above
         raise ImageFileError(f"{name}: the image is truncated or corrupt: {error}") from error
     with suppress(Exception):  # an orientation that cannot be read is none
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
@@ -248,9 +264,14 @@ def fit_image(image: Image.Image, image_shape: tuple[int, int, int]) -> NDArray[
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image
-    colours = image.convert("RGBA")
-    white = Image.new("RGBA", colours.size, "white")
-    return Image.alpha_composite(white, colours)
+    # A few rows at a time: a large image is not to be three times in memory.
+    found = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP_ROWS):
+        box = (0, top, image.width, min(top + STRIP_ROWS, image.height))
+        strip = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        found.paste(Image.alpha_composite(white, strip).convert("RGB"), box[:2])
+    return found
 
 
 def _to_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -259,7 +280,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow clips 16-bit greys to 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert(_MODES[channels])
+    return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
 
 
 def load_edit(
