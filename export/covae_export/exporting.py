@@ -9,11 +9,12 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -40,6 +41,7 @@ SCORE_PIXEL_BYTES = 12 * 64 * 8
 # Operations exported at a time, unless told; each takes a gigabyte.
 MOST_JOBS = 4
 STAGING = ".staging-"
+STALE_S = 3600.0
 LONGEST = ("condition", "score", "surprise")
 
 
@@ -145,7 +147,8 @@ def find_leftovers(repository: Path, name: str, spec: ModelSpec) -> list[str]:
 def _staging_folder(repository: Path) -> Iterator[Path]:
     """A folder of the repository to write to, removed at the end; those that killed exports left are removed first.
 
-    A lock shows that its export lives; the kernel gives it up with the process.
+    A lock shows that its export lives; the kernel gives it up with the process. Where locks hold on one machine alone,
+    as they may on a network's file system, age tells too.
     """
     try:
         repository.mkdir(parents=True, exist_ok=True)
@@ -159,20 +162,23 @@ def _staging_folder(repository: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
 def _sweep(repository: Path) -> None:
     for folder in repository.glob(f"{STAGING}*"):
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
-        except BlockingIOError:
-            pass  # its export is at work
-        finally:
-            os.close(lock)
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            if time.time() - folder.stat().st_mtime < STALE_S:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            except BlockingIOError:
+                pass  # its export is at work
+            finally:
+                os.close(lock)
 
 
 @contextmanager

@@ -18,11 +18,16 @@ from torch import Tensor, nn
 
 from covae_export.errors import ExportError
 from covae_train.image_model import DensityHead, ImageModel
+from covae_train.networks.posed import PosePrior
 from covae_train.networks.residual import Upsample
+from covae_train.networks.warps import Warp
 from covae_train.priors import Prior
 
 # Layers that compute in float64 as they are; others without layers inside must be in the table.
-READY = (nn.ReLU, nn.Identity, nn.Flatten, nn.Linear, nn.Tanh, nn.Sigmoid, nn.Dropout, nn.Unflatten, Prior, DensityHead)
+READY = (
+    *(nn.ReLU, nn.Identity, nn.Flatten, nn.Linear, nn.Tanh, nn.Sigmoid, nn.Dropout, nn.Unflatten),
+    *(Prior, DensityHead, Warp, PosePrior),
+)
 # A form's largest error on activations, relative to the largest value.
 TOLERANCE = 1e-10
 

@@ -64,7 +64,7 @@ class Access:
         """Whether clients speak TLS."""
         return self.certificate is not None
 
-    def check_host(self, host: str, loopback: bool) -> None:
+    def check_reach(self, host: str, loopback: bool) -> None:
         """See that nobody listens in, or that the operator means it.
 
         Raises:
@@ -77,8 +77,19 @@ class Access:
                 "--tls-cert and --tls-key, or --insecure where a gateway or a private network keeps others out"
             )
 
-    def arguments(self, folder: Path) -> list[str]:
-        """Triton's. folder: the service's own, to write to."""
+    def arguments(self, folder: Path, opened: Sequence[str] = ()) -> list[str]:
+        """Triton's. folder: the service's own, to write to; opened: protocols that need no key of the service's, and so
+        the token, if there is one.
+
+        Raises:
+            ServingError: a file cannot be read any more.
+        """
+        try:
+            return self._arguments(folder, opened)
+        except OSError as error:
+            raise ServingError(f"{error.filename}: cannot be read ({error.strerror}); put it back") from error
+
+    def _arguments(self, folder: Path, opened: Sequence[str]) -> list[str]:
         found: list[str] = []
         if self.certificate and self.key:
             found += ["--grpc-use-ssl=true", f"--grpc-server-cert={_safe(self.certificate, folder, 'server.pem')}"]
@@ -89,7 +100,9 @@ class Access:
             authorities.write_bytes(self.client_authority.read_bytes() + b"\n" + own)
             found += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={authorities}"]
         if self.token_file:
-            found.append(Secret(f"--grpc-restricted-protocol={','.join(GUARDED)}:{TOKEN_NAME}={self._token()}"))
+            found.append(
+                Secret(f"--grpc-restricted-protocol={','.join((*GUARDED, *opened))}:{TOKEN_NAME}={self._token()}")
+            )
         return found
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -100,12 +113,11 @@ class Access:
         """The supervisor's own, which trusts the server's chain, and has a certificate that this server alone takes."""
         if self.certificate is None:
             return grpc.insecure_channel(address, options=options)
-        authorities = [
-            SYSTEM_AUTHORITIES,
-            self.certificate,
-            *([self.client_authority] if self.client_authority else []),
-        ]
-        roots = b"\n".join(path.read_bytes() for path in authorities if path.is_file())
+        authorities = (SYSTEM_AUTHORITIES, self.certificate, self.client_authority)
+        try:
+            roots = b"\n".join(path.read_bytes() for path in authorities if path is not None and path.is_file())
+        except OSError as error:
+            raise ServingError(f"{error.filename}: cannot be read ({error.strerror}); put it back") from error
         own, key = _own_certificate(folder) if self.client_authority else (None, None)
         name = ("grpc.ssl_target_name_override", _server_name(self.certificate))
         return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots, key, own), options=[*options, name])

@@ -20,6 +20,7 @@ LOG = logging.getLogger("covae.serve")
 TRITON_LOG = logging.getLogger("covae.triton")
 LAUNCHER = Path(__file__).with_name("launcher.py")
 LOG_LINES = 400
+UNTRACEABLE_S = 1.0
 SHOWN = (
     "the kernel lets no process be traced here, so Triton's command line shows the service's key to every user of this "
     "machine: keep others off it, or allow ptrace (docs/security.md)"
@@ -42,15 +43,25 @@ class TritonProcess:
             self._child = self._launch(shown, {**environment, **secrets}, folder, traced=bool(secrets))
             if secrets:
                 hand_over(self._child.pid, secrets, Path(command[0]))
-        except NotHiddenError as error:
+        except (NotHiddenError, OSError) as error:
+            untraced = isinstance(error, OSError) or self._ends_as_untraceable()
+            self.kill()
             self._child.wait()
-            if self._child.returncode == UNTRACEABLE:
+            if untraced:
+                if self._child.stdout:
+                    self._child.stdout.close()
                 LOG.warning(SHOWN)
                 self._child = self._launch(list(command), environment, folder, traced=False)
             else:
                 TRITON_LOG.debug("Triton's program did not start: %s", error)
         self._reader = Thread(target=self._read, name="covae-triton-log", daemon=True)
         self._reader.start()
+
+    def _ends_as_untraceable(self) -> bool:
+        try:
+            return self._child.wait(UNTRACEABLE_S) == UNTRACEABLE
+        except subprocess.TimeoutExpired:  # it has become something else than Triton
+            return False
 
     def _launch(
         self, command: list[str], environment: Mapping[str, str], folder: Path, traced: bool

@@ -79,15 +79,18 @@ def read_repository(
     if not repository.is_dir():
         raise ServingError(f"{repository}: no such folder; `covae export` makes one, --repository names another")
     wanted = [_operation(text) for text in operations] or list(OPERATIONS)
-    # Each release is read once: another export may switch meanwhile.
-    releases: dict[str, Release | None] = {}
-    found = _folders(repository, releases)
+    found = _folders(repository)
     if not found:
         raise ServingError(f"{repository}: no models in this folder; export one with `covae export`")
     unknown = [name for name in names if name not in {model for model, _ in found}]
     if unknown:
         raise ServingError(f"{repository}: no model named {unknown[0]!r}; it has {_names(found)}")
-    chosen = [(name, operation) for name, operation in found if operation in wanted and (not names or name in names)]
+    asked = dict.fromkeys(name for name, _ in found if not names or name in names)
+    # Each release is read once: another export may switch meanwhile. It says which operations there are.
+    releases = {name: _release(repository, name) for name in asked}
+    folders = [(name, operation) for name, operation in found if releases.get(name) is None]
+    released = [(name, one) for name, release in releases.items() if release for one in release.operations]
+    chosen = [pair for pair in sorted((*folders, *released)) if pair[1] in wanted and pair[0] in asked]
     if not chosen:
         raise ServingError(f"{repository}: no model of {list(names) or _names(found)} has any operation of {wanted}")
     models = tuple(_read(repository, name, operation, releases[name]) for name, operation in chosen)
@@ -198,9 +201,8 @@ def _config(path: Path) -> ModelConfig:
         raise ServingError(f"{path}: cannot be read as a model configuration: {error}; {AGAIN}") from error
 
 
-def _folders(repository: Path, releases: dict[str, Release | None]) -> list[tuple[str, str]]:
-    """Every NAME and operation with a folder, sorted, of a model with a release those that are in it; folders of other
-    Triton models are left alone. The models' releases go into `releases`.
+def _folders(repository: Path) -> list[tuple[str, str]]:
+    """Every NAME and operation with a folder, sorted; folders of other Triton models are left alone.
 
     Raises:
         ServingError: a name is none that `covae export` gives: Triton passes names through a shell.
@@ -213,8 +215,7 @@ def _folders(repository: Path, releases: dict[str, Release | None]) -> list[tupl
                 f"{repository / served_name(name, operation)}: the model's name is {name!r}; expected letters, digits, "
                 f"'.', '_' and '-', {MOST_NAME} at most; {AGAIN} under another --name, and remove this folder"
             )
-    releases.update((name, _release(repository, name)) for name in dict.fromkeys(name for name, _ in found))
-    return [(name, one) for name, one in found if (release := releases[name]) is None or one in release.operations]
+    return found
 
 
 def _operation(text: str) -> str:

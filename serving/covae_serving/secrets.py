@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 WORD = struct.Struct("@P")
 PTRACE_CONT, PTRACE_DETACH = 7, 17
-PATIENCE_S, POLL_S = 60.0, 0.005
+PATIENCE_S, POLL_S = 30.0, 0.005
 
 
 class Secret(str):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc
 from google.protobuf import text_format
@@ -82,13 +83,14 @@ class Server:
         self._access = access or Access()
         self._trace_url = trace_url
         self._restricted = [name for name in RESTRICTED if name not in open_protocols]
+        self._open_protocols = tuple(open_protocols)
         self.ports: tuple[int, int] | None = None
         self.stubs: dict[str, list[Stub]] = {}
         self._repository = repository
         self.models = {model.model_name: model for model in models}
-        # Those that have answered: they keep their version, whatever is exported meanwhile and however often Triton
-        # starts.
-        self._served: set[str] = set()
+        # NAMEs of which an operation has answered: all of theirs keep their version, whatever is exported meanwhile and
+        # however often Triton starts.
+        self._pinned: set[str] = set()
         self._host = LOOPBACK if host == "localhost" else host
         self._asked_port = port
         self._timing = timing
@@ -103,11 +105,15 @@ class Server:
             self._regions = Regions()
         except OSError as error:
             raise ServingError(f"shared memory or the temp folder cannot be used: {error}") from error
+        self._models = self._regions.folder / "models"
         try:
-            check_folder(self._regions.folder)
-            self._models = self._regions.folder / "models"
             for model in models:
                 self._lay_out(model)
+        except OSError as error:
+            self._regions.close()
+            raise ServingError(f"{self._models}: the models cannot be laid out there: {error}") from error
+        try:
+            check_folder(self._regions.folder)
             self._backends = self._installation.lay_out_backends(self._regions.folder)
         except OSError as error:
             self._regions.close()
@@ -139,9 +145,13 @@ class Server:
             Stopped: the service is being stopped.
         """
         if self.ports is not None:  # a restart keeps the addresses that clients know
-            for name in self.models.keys() - self._served:
-                self._read_again(name)
-            return self._start((self.ports[0], free_port(LOOPBACK)))
+            harmful = {}
+            for name in self.models:
+                try:
+                    self._read_again(name)
+                except HarmfulError as error:
+                    harmful[name] = str(error)
+            return self._start((self.ports[0], free_port(LOOPBACK)), harmful)
         for _ in range(BIND_ATTEMPTS):
             ports = choose_ports(self._host, self._asked_port)
             try:
@@ -165,12 +175,14 @@ class Server:
         (folder / str(model.version)).symlink_to(model.graph.parent.resolve(), target_is_directory=True)
 
     def _read_again(self, model_name: str) -> None:
-        """Take the model as the repository has it now; if it is broken, that is Triton's to say.
+        """Take a model that never answered as the repository has it now; if it is broken, that is Triton's to say.
 
         Raises:
             HarmfulError: it holds what Triton would run.
         """
         old = self.models[model_name]
+        if old.name in self._pinned:
+            return
         try:
             self.models[model_name] = read_model(self._repository, old.name, old.operation)
         except HarmfulError:
@@ -200,8 +212,8 @@ class Server:
     def reload(self, model_name: str, hung: bool) -> None:
         """Load a model anew and try it with a real inference; the others answer meanwhile.
 
-        One that answered before is loaded in the same version, whatever was exported meanwhile, since its siblings
-        have that one too, and clients opened it. One that never answered is loaded as the repository has it now.
+        A model of which any operation ever answered is loaded in the same version, whatever was exported meanwhile, as
+        its siblings have that one too, and clients opened it; another one as the repository has it now.
 
         Raises:
             ModelRefusedError: the model cannot be loaded from the repository as it is now.
@@ -214,8 +226,7 @@ class Server:
                 stub.kill()
         try:
             self.connection.unload(model_name, self._timing.reload_s)
-            if model_name not in self._served:
-                self._read_again(model_name)
+            self._read_again(model_name)
             self.connection.load(model_name, self._timing.reload_s)
         except HarmfulError as error:
             raise ModelRefusedError(str(error)) from error
@@ -223,7 +234,6 @@ class Server:
             reason = f"{error.code().name}: {readable(error.details())}"
             if error.code() in NO_ANSWER:
                 raise ServingError(reason) from error
-            self._served.discard(model_name)  # its version may be gone: next time, whatever there is
             raise ModelRefusedError(reason) from error
         for stub in old:
             if stub.state() is None:
@@ -231,7 +241,7 @@ class Server:
         failure = self._try_models([model_name], self._timing.reload_s).get(model_name)
         if failure:
             raise ServingError(failure)
-        self._served.add(model_name)
+        self._pinned.add(self.models[model_name].name)
         self._regions.hide()
         known = {stub.pid for stub in old}
         self.stubs[model_name] = [stub for stub in self._find_stubs(model_name) if stub.pid not in known]
@@ -276,7 +286,8 @@ class Server:
                 break
         process.wait(EXIT_S)
 
-    def _start(self, ports: tuple[int, int]) -> dict[str, str]:
+    def _start(self, ports: tuple[int, int], harmful: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+        """harmful: models that must not be loaded, each with why."""
         key, identity = secrets.token_hex(16), f"covae-{secrets.token_hex(8)}"
         # Triton listens on every interface for 0.0.0.0; this process needs one that it can connect to.
         near = LOOPBACK if self._host == "0.0.0.0" else self._host
@@ -284,7 +295,7 @@ class Server:
         self._metrics_url = f"http://{LOOPBACK}:{ports[1]}/metrics"
         before = backend_folders()
         self._process = TritonProcess(
-            self._command(ports, key, identity),
+            self._command(ports, key, identity, [name for name in self.models if name not in harmful]),
             self._installation.environment(self._regions.folder),
             self._regions.folder,
         )
@@ -293,9 +304,10 @@ class Server:
             self._wait_until(lambda: self._answers_as(identity), deadline)
             # Triton answers over gRPC for a moment even when it is about to exit because the metrics port was taken.
             self._wait_until(lambda: b"nv_inference" in self.metrics_page(), deadline)
-            failures = self._failures(deadline)
-            self._served = self.models.keys() - failures.keys()
+            failures = self._failures(deadline, harmful)
+            self._pinned |= {model.name for name, model in self.models.items() if name not in failures}
         except BaseException:
+            self._regions.note(backend_folders() - before)
             self.discard()
             raise
         self._regions.note(backend_folders() - before)
@@ -303,7 +315,7 @@ class Server:
         self.stubs = {name: self._find_stubs(name) for name in self.models}
         return failures
 
-    def _command(self, ports: tuple[int, int], key: str, identity: str) -> list[str]:
+    def _command(self, ports: tuple[int, int], key: str, identity: str, models: Sequence[str]) -> list[str]:
         settings = {
             "shm-region-prefix-name": self._regions.prefix,
             "shm-default-byte-size": REGION_BYTES,
@@ -315,7 +327,7 @@ class Server:
             f"--model-repository={self._models}",
             f"--backend-directory={self._backends}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in self.models),
+            *(f"--load-model={name}" for name in models),
             # Covae's configs are complete; completing them would start every model's process twice.
             "--disable-auto-complete-config",
             # A broken model is reported by name; after a fault the healthy ones are served meanwhile.
@@ -332,7 +344,7 @@ class Server:
             "--grpc-keepalive-timeout=20000",
             "--grpc-keepalive-permit-without-calls=1",
             Secret(f"--grpc-restricted-protocol={','.join(self._restricted)}:{KEY_NAME}={key}"),
-            *self._access.arguments(self._regions.folder),
+            *self._access.arguments(self._regions.folder, self._open_protocols),
             f"--metrics-address={LOOPBACK}",
             f"--metrics-port={ports[1]}",
             f"--allow-gpu-metrics={str(has_gpu()).lower()}",
@@ -359,13 +371,14 @@ class Server:
             self._check_patience(deadline)
             time.sleep(POLL_S)
 
-    def _failures(self, deadline: float) -> dict[str, str]:
-        """Every model that does not answer a real inference, with its own error."""
+    def _failures(self, deadline: float, harmful: Mapping[str, str]) -> dict[str, str]:
+        """Every model that does not answer a real inference, with its own error; harmful: those not loaded."""
         try:
             unavailable = self.connection.unavailable()
         except grpc.RpcError as error:
             raise ServingError(f"Triton does not list its models: {error.details()}. {self._log_tail()}") from error
-        failures = {name: readable(reason) for name, reason in unavailable.items() if name in self.models}
+        found = {name: readable(reason) for name, reason in unavailable.items() if name in self.models}
+        failures = found | dict(harmful)
         rest = [name for name in self.models if name not in failures]
         return failures | self._try_models(rest, deadline - time.monotonic())
 

@@ -76,7 +76,7 @@ class Service:
     ) -> None:
         self._trace_url = trace_url
         self._access = access or Access()
-        self._access.check_host(host, is_loopback(host))
+        self._access.check_reach(host, is_loopback(host))
         unknown = [name for name in open_protocols if name not in OPENABLE]
         if unknown:
             raise ServingError(f"--open, open_protocols: found {unknown[0]!r}; expected some of {', '.join(OPENABLE)}")

@@ -396,3 +396,20 @@ def test_a_model_can_be_pickled_and_connects_anew(model):
 def test_reprs_say_what_a_thing_is(client, model, address):
     assert repr(client) == f"<Client of {address}>"
     assert repr(model.decode(np.zeros((2, 4)))) == "<LowRankNormal over 2 images of 3×6×5 (C×H×W), float32>"
+
+
+@pytest.mark.parametrize("given", [{"private_key": "key.pem"}, {"certificate_chain": "chain.pem"}])
+def test_a_key_without_its_certificate_is_refused_before_grpc_sees_it(given, monkeypatch):
+    with pytest.raises(errors.InvalidArgument, match=f"tls: found {next(iter(given))} alone"):
+        Tls(**given)
+    monkeypatch.setenv("COVAE_TLS_KEY" if "private_key" in given else "COVAE_TLS_CERT", "file.pem")
+    with pytest.raises(errors.InvalidArgument, match="COVAE_TLS_KEY and COVAE_TLS_CERT"):
+        Client("localhost:1")
+
+
+def test_a_changed_model_is_told_at_once_by_a_server_that_stands_alone(triton, client):
+    model = client.model("toy")
+    triton.always_fault, before = grpc.StatusCode.ALREADY_EXISTS, triton.calls
+    with pytest.raises(errors.ModelChanged, match=r"open the model again with client\.model"):
+        model.sample(1)
+    assert triton.calls == before + 1

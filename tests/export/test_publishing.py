@@ -143,13 +143,19 @@ def test_many_exports_at_once_publish_one_version_each_and_a_reader_never_sees_t
 def test_an_export_removes_what_killed_ones_left_and_not_what_others_write(runs, tmp_path):
     (tmp_path / ".staging-dead" / "decode").mkdir(parents=True)
     (tmp_path / ".staging-live").mkdir()
+    (tmp_path / ".staging-young").mkdir()  # of another machine, whose lock is not seen here
+    for name in (".staging-dead", ".staging-live"):
+        os.utime(tmp_path / name, (0, 0))
     lock = os.open(tmp_path / ".staging-live", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         export_run(runs["beta-vae"], tmp_path, operations=["encode"])
     finally:
         os.close(lock)
-    assert {path.name for path in tmp_path.iterdir()} == {".staging-live", "beta-vae.json", "beta-vae_encode"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(".staging-live", ".staging-young"),
+        *("beta-vae.json", "beta-vae_encode"),
+    }
 
 
 def test_the_release_says_which_version_is_served(spec, tmp_path):

@@ -17,6 +17,7 @@ SHARED = {f"train/covae_train/{name}.py" for name in ("mean_first", "structured"
 # Words that densities, heads, losses, constraints, surprise and PIL have in common with some options.
 COMMON_WORDS = {
     "variance",
+    "density",
     "rank",
     "damping",
     "fit",

@@ -15,6 +15,7 @@ from covae_core.images import channels_first, channels_last, to_unit
 from covae_core.importance import importance_weights
 from covae_core.noise import Stream, row_seeds
 from covae_core.operations import OPERATIONS
+from covae_export.graphs import describe
 from covae_train.torch_backend import standard_normal
 
 from .conftest import SERVED, levels
@@ -65,6 +66,8 @@ def test_export_agrees_with_torch_and_offers_what_the_model_can_do(name, exporte
     assert all(item.acceptable for item in found.disagreements)
     offered = {item.operation.name for item in found.disagreements}
     wanted = set(OPERATIONS) if run.model.latents else {"sample", "draw", "condition", "score", "surprise"}
+    if describe(run, 4, 3).density == "bernoulli":  # its pixels tell nothing of each other
+        wanted -= {"condition", "surprise"}
     assert offered == wanted
     assert offered == {path.name.rpartition("_")[2] for path in exported[0].glob(f"{name}_*")}
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from tritonclient.grpc import service_pb2 as messages
 
 from covae_client import Client, Timeout, Tls, errors
 from covae_serving.access import Access
@@ -238,3 +241,60 @@ def test_beyond_this_machine_it_takes_tls_or_a_word(papers, toy_repository):
         Service(toy_repository, host=host, access=Access(*papers.server))
         Service(toy_repository, host=host, access=Access(insecure=True))
     Service(toy_repository, host="localhost")
+
+
+@pytest.mark.slow
+def test_what_is_opened_still_asks_for_the_token(papers, toy_repository, connect):
+    access = Access(token_file=papers.token)
+    options = {"open_protocols": ["statistics", "logging"], "grpc_port": 0, "metrics_port": 0}
+    with Service(toy_repository, operations=["sample"], access=access, **options) as service:
+        stub = connect(service.grpc_address).stub
+        request = messages.ModelStatisticsRequest(name="toy_sample")
+        for refused in (lambda: stub.ModelStatistics(request), lambda: stub.LogSettings(messages.LogSettingsRequest())):
+            with pytest.raises(grpc.RpcError, match="restricted"):
+                refused()
+        assert stub.ModelStatistics(request, metadata=[("triton-grpc-protocol-covae-token", TOKEN)]).model_stats
+
+
+@pytest.mark.slow
+def test_triton_is_started_again_under_tls_and_waits_for_papers_that_are_away(
+    papers, toy_repository, own_stubs, tmp_path, caplog
+):
+    authority = Path(shutil.copy(papers.ours.certificate, tmp_path / "authority.pem"))
+    access = Access(*papers.server, client_authority=authority)
+    with (
+        Service(toy_repository, operations=["sample"], grpc_port=0, metrics_port=0, access=access) as service,
+        Client(service.grpc_address, tls=tls(papers.ours, papers.user)) as client,
+    ):
+        before = client.model("toy").sample(2, seed=0)
+        authority.rename(tmp_path / "away.pem")
+        os.kill(service.triton_pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while "authority.pem: cannot be read" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (tmp_path / "away.pem").rename(authority)
+        assert (client.model("toy").sample(2, seed=0) == before).all()
+
+
+def test_a_script_that_becomes_nothing_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("covae_serving.secrets.PATIENCE_S", 0.5)
+    script = tmp_path / "tritonserver"
+    script.write_text("#!/bin/sh\nsleep 60\n")
+    script.chmod(0o700)
+    process = TritonProcess([str(script), Secret("x")], {"PATH": os.environ["PATH"]}, tmp_path)
+    assert process.wait(10)
+    process.close()
+    assert process.exit_code() == -signal.SIGKILL
+
+
+def test_where_nothing_can_be_hidden_it_is_said_and_the_program_runs(tmp_path, monkeypatch, caplog):
+    def denied(*arguments: object) -> None:
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr("covae_serving.secrets._lead", denied)
+    process = TritonProcess(["/bin/echo", Secret("told")], {}, tmp_path)
+    assert process.wait(10)
+    process.close()
+    assert (process.exit_code(), process.log_tail()) == (0, "told")
+    assert "Triton's command line shows the service's key" in caplog.text

@@ -19,6 +19,7 @@ import pytest
 from covae_serving.errors import ServingError
 from covae_serving.health import Timing
 from covae_serving.regions import SHARED_MEMORY
+from covae_serving.repository import read_repository
 from covae_serving.server import Server
 from covae_serving.service import Service
 
@@ -169,19 +170,28 @@ def test_what_a_service_has_is_readable_by_nobody_else(toy_repository, traces):
     assert not any(modes.values()), modes
 
 
-def test_an_entry_that_became_harmful_is_not_loaded_at_a_restart(toy_repository, tmp_path):
-    shutil.copytree(toy_repository, tmp_path / "repository")
-    with Service(tmp_path / "repository", operations=["decode"], grpc_port=0, metrics_port=0) as service:
-        server = Server(tmp_path / "repository", service.models, "127.0.0.1", 0, Timing(), stopping=lambda: False)
-        path = tmp_path / "repository" / "toy_decode" / "config.pbtxt"
-        path.write_text(
-            path.read_text() + 'parameters { key: "EXECUTION_ENV_PATH" value { string_value: "/tmp/evil.tar.gz" } }'
-        )
-        try:
-            with pytest.raises(ServingError, match="the parameter EXECUTION_ENV_PATH"):
-                server._read_again("toy_decode")
-        finally:
-            server.stop()
+def test_an_entry_that_became_harmful_is_not_loaded_at_a_restart_and_the_others_are(
+    toy_repository, write_toy, tmp_path, own_stubs, caplog
+):
+    repository = Path(shutil.copytree(toy_repository, tmp_path / "repository"))
+    write_toy(repository, "broken", ["sample"])
+    graph = repository / "broken_sample" / "1" / "model.onnx"
+    kept = graph.read_bytes()
+    server = Server(repository, read_repository(repository), "127.0.0.1", 0, Timing(), stopping=lambda: False)
+    try:
+        graph.write_bytes(b"no graph")
+        assert server.launch().keys() == {"broken_sample"}  # it never answers, and is read again
+        graph.write_bytes(kept)
+        (graph.parent / "model.py").write_text("")
+        server.discard()
+        failures = server.launch()
+        assert failures.keys() == {"broken_sample"}
+        assert "model.py: a version holds" in failures["broken_sample"]
+        (graph.parent / "model.py").unlink()
+        server.discard()
+        assert server.launch() == {}
+    finally:
+        server.stop()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may write another user's files")

@@ -139,3 +139,27 @@ def test_a_name_that_a_shell_would_read_is_refused(name, repository):
     (repository / "toy_decode").rename(repository / f"{name}_decode")
     with pytest.raises(ServingError, match=r"the model's name is .*; expected letters, digits"):
         served(repository)
+
+
+def test_an_operation_of_the_release_that_is_missing_is_told(write_release_of_toy, tmp_path):
+    repository = write_release_of_toy(tmp_path, 1)
+    shutil.rmtree(repository / "toy_decode")
+    with pytest.raises(ServingError, match=r"toy_decode/1/config\.pbtxt: no such file"):
+        served(repository)
+    assert served(repository, operations=("sample",)) == ["toy_sample"]
+
+
+def test_another_models_damaged_release_does_no_harm(write_release_of_toy, write_toy, tmp_path):
+    repository = write_toy(write_release_of_toy(tmp_path, 1), "other", ["decode"])
+    (repository / "other.json").write_text("damaged")
+    assert served(repository, "toy") == ["toy_decode", "toy_sample"]
+    with pytest.raises(ServingError, match=r"other\.json: no model's release can be read"):
+        served(repository)
+
+
+def test_operations_of_different_exports_without_a_release_are_refused(write_toy, tmp_path):
+    def other(config):
+        config.parameters["model_digest"].string_value = f'"{config.name}"'
+
+    with pytest.raises(ServingError, match="toy_sample: it is of another export than toy_decode"):
+        served(write_toy(tmp_path, change=other))

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from covae_core.calibration import Calibration, calibrate_on, parts_of
-from covae_core.densities import Density
+from covae_core.densities import Density, Whitening
+from covae_core.errors import Unsupported
 from covae_core.images import channels_last
 from covae_core.surprise import surprise
 from covae_train.data import FEWEST, ImageData, in_units
@@ -102,7 +103,15 @@ def calibrate_model(
 
     images: (N, C, H, W) uint8, none of them trained on, FEWEST at least; dequantise: those that the spread is fitted
     to, as the training's were; a pure function of its arguments.
+
+    Raises:
+        Unsupported: the density has no whitened residuals.
     """
+    if not can_calibrate(model):
+        raise Unsupported(
+            "calibrate: the scores of a model are ranked by its whitened residuals, which this density has not: its "
+            "scores have bounds and no p-values"
+        )
     first, scored = split(images)
     spread = None
     if isinstance(model, Vae):
@@ -110,6 +119,16 @@ def calibrate_model(
         spread = model.spread = fit_spread(model, first, seed, dequantise)
     parts = [parts_of_images(model, part) for part in (first, scored)]
     return FittedCalibration(spread, calibrate_on(data, run_digest, *parts))
+
+
+@torch.no_grad()
+def can_calibrate(model: ImageModel) -> bool:
+    """Whether its density has whitened residuals, which p-values are made of."""
+    latents = {name: torch.zeros(1, *shape, dtype=model.dtype) for name, shape in model.latents.items()}
+    was_training = model.training
+    density = model.eval().density(latents, 1)
+    model.train(was_training)
+    return isinstance(density, Whitening)
 
 
 def split(images: Tensor) -> tuple[Tensor, Tensor]:

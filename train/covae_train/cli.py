@@ -294,9 +294,13 @@ def kl_target(trainer: Trainer) -> float | None:
 
 def calibrate_aside(trainer: Trainer, console: Console) -> None:
     """Calibrate what was trained on the images that were kept aside; a note, if there are too few."""
+    from covae_train.calibration import can_calibrate
     from covae_train.data import FEWEST
 
     data = trainer.data
+    if not can_calibrate(trainer.model):
+        console.print("[yellow]note:[/] this density has no whitened residuals, so scores have no p-values")
+        return
     if data.aside is not None and len(data.aside) >= FEWEST:
         calibrate_run(trainer.folder, data, None, console)
         return

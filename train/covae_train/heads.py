@@ -50,9 +50,10 @@ def fit(
 
 
 def at_draw(model: Vae, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The decoder's last maps at a draw from each image's posterior, and the images."""
-    latent = model.posteriors(batch.images)["latent"].draw(batch.noise["latent"])
-    return model.features({"latent": latent}), batch.images
+    """The decoder's last maps at a draw from each image's posteriors, and the images."""
+    found = model.posteriors(batch.images)
+    latents = {name: posterior.draw(batch.noise[name]) for name, posterior in found.items()}
+    return model.features(latents), batch.images
 
 
 def start_variance(layer: nn.Conv2d, residuals: Iterable[Tensor]) -> None:

@@ -34,8 +34,8 @@ def checked(address: str, example: str) -> str:
         InvalidArgument: it is something else.
     """
     parts = address.split(",") if isinstance(address, str) else []
-    several = len(parts) > 1
-    if not parts or not all(ONE.fullmatch(part) and not (several and _kind(part)) for part in parts):
+    many = len(parts) > 1
+    if not parts or not all(ONE.fullmatch(part) and not (many and _kind(part)) for part in parts):
         raise InvalidArgument(
             f"address: found {address!r}, expected HOST:PORT, for example {example}, or several of them"
         )
@@ -71,13 +71,18 @@ def each(address: str) -> list[str]:
     return list(dict.fromkeys(place for _, place in _looked_up(PREFIX.sub("", address))))
 
 
+def several(address: str) -> bool:
+    """Whether there may be more than one server behind it."""
+    return "," in address or address.startswith("dns:")
+
+
 def channel_options(address: str) -> list[tuple[str, Any]]:
     """gRPC's options for a channel to that address."""
     parts = address.split(",")
-    several = len(parts) > 1
+    many = len(parts) > 1
     # Each server's certificate must be good for the first one's name: a list has no name of its own.
-    name = [("grpc.ssl_target_name_override", _split(parts[0])[0].strip("[]"))] if several else []
-    return [*OPTIONS, *(NO_PROXY if several or is_local(parts[0]) else ()), *name]
+    name = [("grpc.ssl_target_name_override", _split(parts[0])[0].strip("[]"))] if many else []
+    return [*OPTIONS, *(NO_PROXY if many or is_local(parts[0]) else ()), *name]
 
 
 def is_local(address: str) -> bool:

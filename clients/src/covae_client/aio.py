@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.addresses import channel_options, target
-from covae_client.catalogue import find_digest, find_model, list_models
+from covae_client.addresses import channel_options, several, target
+from covae_client.catalogue import find_model, find_spec, list_models
 from covae_client.client import DEFAULT_ADDRESS, checked_settings
 from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
 from covae_client.metrics import Requests
@@ -39,7 +39,7 @@ from covae_client.transport import (
     request_tensors,
     translated,
 )
-from covae_core.contract import Priority
+from covae_core.contract import ModelSpec, Priority
 
 if TYPE_CHECKING:
     from covae_core.densities import Density
@@ -195,9 +195,9 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         """As Model.run."""
         return await self._do(self._plans.anything(operation, arrays), progress)
 
-    async def served_digest(self) -> str:
-        """As Model.served_digest."""
-        return await self._transport.run(find_digest(self.name, tuple(self._endpoints)))
+    async def served_spec(self) -> ModelSpec:
+        """As Model.served_spec."""
+        return await self._transport.run(find_spec(self.name, tuple(self._endpoints)))
 
     async def _do(self, call: Call[Result], progress: Progress | None) -> Result:
         endpoint = self._endpoints.get(call.operation)
@@ -292,7 +292,9 @@ class AsyncTransport:
         """
         await self._connect()
         request_s = self.settings.timeout.request_s
-        attempts = Attempts(self.settings.retry, request_s, self._budget, on_retry, question.optional)
+        attempts = Attempts(
+            self.settings.retry, request_s, self._budget, on_retry, question.optional, several(self.address)
+        )
         while True:
             try:
                 await self._doubt(attempts.seconds_left)

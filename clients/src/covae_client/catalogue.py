@@ -35,8 +35,8 @@ def list_models() -> Steps[dict[str, tuple[str, ...]]]:
         index = yield Question("models", "get_model_repository_index", ())
     except AccessDenied as error:
         raise AccessDenied(
-            f"{error}. If the server runs, it keeps its list of models to itself, as `covae serve` has it: open a "
-            "model by its name, or pass the server's key in Client(headers=…)"
+            "models: the server keeps its list of models to itself, as `covae serve` has it: open a model by its name, "
+            "or pass the server's key in Client(headers=…)"
         ) from error
     found: dict[str, list[str]] = {}
     for entry in index.models:
@@ -55,11 +55,12 @@ def find_model(name: str, address: str, *, waited: bool = False) -> Steps[Found]
         ServerFault: its operations come from different exports.
     """
     configs: dict[str, Any] = {}
+    digest: str | None = None
     for operation in OPERATIONS:
-        first = next(iter(configs.values()), None)
-        config = yield from _find_sibling(name, operation, first)
+        config = yield from _find_sibling(name, operation, digest)
         if config is not None:
             configs[operation] = config
+            digest = _digest(config) if digest is None else digest
     if not configs:
         for operation in () if waited else OPERATIONS:
             if (yield from _until_healed(name, operation)):
@@ -82,9 +83,9 @@ def find_endpoint(name: str, operation: str, spec: ModelSpec) -> Steps[Endpoint 
     Raises:
         ModelChanged: the server now has another export of it.
     """
-    config = yield from find_config(name, operation)
+    config = yield from _find_sibling(name, operation, spec.model_digest)
     if config is None and (yield from _until_healed(name, operation)):
-        config = yield from find_config(name, operation)
+        config = yield from _find_sibling(name, operation, spec.model_digest)
     if config is None:
         return None
     if ModelSpec.from_config(config) != spec:
@@ -92,8 +93,8 @@ def find_endpoint(name: str, operation: str, spec: ModelSpec) -> Steps[Endpoint 
     return endpoint(name, operation, spec, config)
 
 
-def find_digest(name: str, operations: Sequence[str]) -> Steps[str]:
-    """The digest of the training run that a server now has of a model, by the first of its operations that it serves.
+def find_spec(name: str, operations: Sequence[str]) -> Steps[ModelSpec]:
+    """What a server now has of a model, by the first of its operations that it serves.
 
     Raises:
         NotFound: it serves none of them.
@@ -101,23 +102,33 @@ def find_digest(name: str, operations: Sequence[str]) -> Steps[str]:
     for operation in operations:
         config = yield from find_config(name, operation)
         if config is not None:
-            return ModelSpec.from_config(config).run_digest
+            return ModelSpec.from_config(config)
     raise NotFound(f"{name}: the server no longer serves any operation of it")
 
 
-def _find_sibling(name: str, operation: str, first: Any) -> Steps[Any]:
-    """The config of one operation, of the export that `first` is of if any server has it: behind an address may be
-    several, of which some already have the next one."""
+def _find_sibling(name: str, operation: str, digest: str | None) -> Steps[Any]:
+    """The config of one operation, of the export of that digest if any server has it: behind an address may be several,
+    of which some already have the next one. None for any.
+
+    Each further try is one call, so that turns are taken among an odd number of servers and an even one.
+    """
     config = yield from find_config(name, operation)
+    served = served_name(name, operation)
     for _ in range(SIBLINGS):
-        if first is None or config is None or _digest(config) == _digest(first):
+        if digest is None or (config is not None and _digest(config) == digest):
             break
-        config = yield from find_config(name, operation)
+        try:
+            config = (yield Question(served, "get_model_config", (served,), optional=True)).config
+        except NotFound:
+            if config is None:
+                break
     return config
 
 
 def _digest(config: Any) -> str:
-    return str(config.parameters[MODEL_DIGEST].string_value) if MODEL_DIGEST in config.parameters else ""
+    """As a configuration has it: JSON's text, of which no more is needed here than whether two are the same."""
+    text = config.parameters[MODEL_DIGEST].string_value if MODEL_DIGEST in config.parameters else ""
+    return str(text).strip('"')
 
 
 def find_config(name: str, operation: str) -> Steps[Any]:

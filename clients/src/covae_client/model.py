@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.catalogue import find_digest, find_endpoint, not_served
+from covae_client.catalogue import find_endpoint, find_spec, not_served
 from covae_client.plans import REACH, Call, Conditioned, Plans, Posterior, Surprised
 from covae_client.scoring import Scores, judged
 from covae_client.transport import Endpoint, Inputs, Progress, Steps
@@ -248,13 +248,13 @@ class Model(ModelBase[Transport]):
         """
         return self._do(self._plans.anything(operation, arrays), progress)
 
-    def served_digest(self) -> str:
-        """The digest of the training run that the server has now, under this model's name.
+    def served_spec(self) -> ModelSpec:
+        """What the server has now, under this model's name.
 
         Raises:
             NotFound: it serves no operation of it.
         """
-        return self._transport.run(find_digest(self.name, tuple(self._endpoints)))
+        return self._transport.run(find_spec(self.name, tuple(self._endpoints)))
 
     def _do(self, call: Call[Result], progress: Progress | None) -> Result:
         def report(done: int, rows: int) -> None:

@@ -17,8 +17,8 @@ Result = TypeVar("Result")
 ASKED_AGAIN = (ConnectionFailed, ServerFault, NotFound)
 # Attempts of a request that the server answers with a failure of its own.
 FAULTS = 7
-# Attempts of one that a server refuses as it has another export of the model: of several another one may still have
-# it. These come at once and are no burden on the budget; with two servers, chance misses one 2^32 times out of one.
+# Attempts of one that a server refuses as it has another export of the model, where there are several servers: another
+# one may still have it. They come at once and are no burden on the budget, as a refusal is cheap.
 OTHERS = 32
 # What all requests of a client together may ask again: so often at once, and then once in so many seconds.
 BURST, PACE_S = 8, 0.25
@@ -99,7 +99,7 @@ class Budget:
 
 class Attempts:
     """The attempts of one call: how long each may take, and the pauses between them. on_retry: called before each.
-    optional: that there is no such thing is an answer too, and not asked again."""
+    optional: that there is no such thing is an answer too, and not asked again. several: there are other servers."""
 
     def __init__(
         self,
@@ -108,8 +108,9 @@ class Attempts:
         budget: Budget,
         on_retry: Callable[[], None] = lambda: None,
         optional: bool = False,
+        several: bool = False,
     ) -> None:
-        self._optional = optional
+        self._optional, self._several = optional, several
         self._retry, self._deadline, self._failures = retry, time.monotonic() + request_s, 0
         self._budget, self._on_retry = budget, on_retry
 
@@ -124,7 +125,11 @@ class Attempts:
         if self._optional and isinstance(error, NotFound):
             return None
         if isinstance(error, ModelChanged):
-            return 0.0 if self._failures < min(OTHERS, self._retry.attempts or OTHERS) else None
+            most = min(OTHERS, self._retry.attempts or OTHERS) if self._several else 1
+            if self._failures >= most or self.seconds_left <= 0:
+                return None
+            self._on_retry()
+            return 0.0
         if not self._retry.allows(self._failures, error):
             return None
         left, wait_s = self.seconds_left, self._retry.wait_s(self._failures)
@@ -144,14 +149,15 @@ def with_retries(
     budget: Budget | None = None,
     on_retry: Callable[[], None] = lambda: None,
     optional: bool = False,
+    several: bool = False,
 ) -> Result:
     """Run `call(seconds left)` until it no longer raises ASKED_AGAIN, attempts or time run out, or `stop` is set;
-    optional, on_retry: as of `Attempts`.
+    optional, several, on_retry: as of `Attempts`.
 
     Raises:
         ServerError: that of the last attempt.
     """
-    attempts = Attempts(retry, request_s, budget or Budget(), on_retry, optional)
+    attempts = Attempts(retry, request_s, budget or Budget(), on_retry, optional, several)
     while True:
         try:
             return call(attempts.seconds_left)

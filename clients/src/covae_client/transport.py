@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from covae_client.addresses import channel_options, target
+from covae_client.addresses import channel_options, several, target
 from covae_client.errors import (
     AccessDenied,
     ConnectionFailed,
@@ -66,11 +66,23 @@ OTHER_STATUS: tuple[type[ServerError], str] = (ServerFault, "the server's log sa
 
 @dataclass(frozen=True)
 class Tls:
-    """Files in PEM format: the authorities to trust (None: the system's), and for mutual TLS the client's own key."""
+    """Files in PEM format: the authorities to trust (None: the system's), and for mutual TLS the client's own key.
+
+    Raises:
+        InvalidArgument: a key without a certificate, or the other way round.
+    """
 
     root_certificates: str | Path | None = None
     private_key: str | Path | None = None
     certificate_chain: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.private_key is None) != (self.certificate_chain is None):
+            found = "private_key" if self.certificate_chain is None else "certificate_chain"
+            raise InvalidArgument(
+                f"tls: found {found} alone; expected private_key and certificate_chain, or neither (COVAE_TLS_KEY and "
+                "COVAE_TLS_CERT)"
+            )
 
 
 @dataclass(frozen=True)
@@ -193,6 +205,7 @@ class Transport:
             budget=self._budget,
             on_retry=on_retry,
             optional=optional,
+            several=several(self.address),
         )
 
     def infer(

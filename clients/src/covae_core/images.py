@@ -22,8 +22,8 @@ MAX_FILE_BYTES = 64 * 2**20
 # Decoded, a pixel takes four bytes, and for a moment twice; while a WebP or a progressive JPEG is decoded, three times.
 MAX_PIXELS = 32_000_000
 MAX_DEAR_PIXELS = 16_000_000
-# A larger JPEG is decoded at a half of its sides, by its own transform.
-MAX_JPEG_PIXELS = 64_000_000
+# A larger JPEG is decoded at a half of its sides, by its own transform; of several scans, up to fewer.
+MAX_JPEG_PIXELS, MAX_SCANS_PIXELS = 64_000_000, 24_000_000
 # An edit fixes the pixels that are at least this opaque.
 OPAQUE_ALPHA = 128
 
@@ -36,6 +36,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8"
 # Of a JPEG's segments: from these on come pixels, or the end; metadata, some of which says how colours are kept.
 JPEG_PIXELS = (0xDA, 0xD9, 0xD8)
+JPEG_SCAN = b"\xff\xda"
 JPEG_EXIF = 0xE1
 JPEG_FILL = re.compile(rb"\xff+")
 JPEG_METADATA = (*range(0xE0, 0xF0), 0xFE)
@@ -126,11 +127,11 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
     """Open a PNG, JPEG or WebP image from a file or from a file's bytes, decode it and turn it upright (EXIF).
 
     The format is told by the content alone. The file's size (MAX_FILE_BYTES) and the image's are checked before any is
-    decoded: MAX_PIXELS, of a WebP MAX_DEAR_PIXELS. A JPEG with more (progressive: with more than MAX_DEAR_PIXELS) is
-    decoded at half the size, up to MAX_JPEG_PIXELS (progressive: MAX_PIXELS), so that no image takes more than 300 MB.
-    Of an animation, or of a phone's several pictures in one JPEG, the first counts. What is
-    wrong with a file's metadata never keeps its pixels from being read. `name` names the image in errors; by default
-    the path.
+    decoded: MAX_PIXELS, of a WebP MAX_DEAR_PIXELS. A JPEG with more (of several scans, as a progressive one: with more
+    than MAX_DEAR_PIXELS) is decoded at half the size, up to MAX_JPEG_PIXELS (MAX_SCANS_PIXELS), so that no image takes
+    more than 300 MB. Of an animation, or of a phone's several pictures in one JPEG, the first counts. What is wrong
+    with a file's metadata never keeps its pixels from being read. `name` names the image in errors; by default the
+    path.
 
     Raises:
         ImageFileError: the file is missing, empty, no regular file, too large, truncated, corrupt or of another format.
@@ -224,9 +225,10 @@ def _identify(content: bytes, name: str) -> Image.Image:
     except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
         raise ImageFileError(f"{name}: the image's header is damaged: {error}") from error
     pixels, is_jpeg = image.width * image.height, image.format == "JPEG"
-    dear = image.format == "WEBP" or (is_jpeg and bool(image.info.get("progressive")))
+    # A JPEG of several scans, progressive or not, is kept as coefficients until its last one.
+    dear = image.format == "WEBP" or (is_jpeg and content.count(JPEG_SCAN) > 1)
     most = MAX_DEAR_PIXELS if dear else MAX_PIXELS  # at full size
-    limit = (MAX_PIXELS if dear else MAX_JPEG_PIXELS) if is_jpeg else most
+    limit = (MAX_SCANS_PIXELS if dear else MAX_JPEG_PIXELS) if is_jpeg else most
     if pixels > limit:
         raise ImageFileError(
             f"{name}: the {image.format} image has {image.width} × {image.height} pixels, more than {limit:,}; make it "

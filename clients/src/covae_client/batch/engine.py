@@ -16,7 +16,7 @@ from covae_client.batch.inputs import Inputs
 from covae_client.batch.shards import to_bytes
 from covae_client.batch.specification import FILE, Specification
 from covae_client.batch.store import Store
-from covae_client.batch.work import Cancelled, JobError, check_digest, make, same_run
+from covae_client.batch.work import Cancelled, JobError, check_model, make, same_model
 from covae_client.client import DEFAULT_ADDRESS, Client
 from covae_client.errors import InvalidArgument
 from covae_client.metrics import batch_metrics_in
@@ -169,7 +169,7 @@ class Job:
         try:
             rows = make(job, model, inputs, shard, check)
             content = to_bytes(job, shard, rows)
-            same_run(job, model, self.server)  # it may have been changed meanwhile
+            same_model(job, model, self.server)  # it may have been changed meanwhile
         except MemoryError as error:
             raise JobError(
                 f"shard {shard}: no memory for {job.shard_size} rows; choose a smaller --shard-size"
@@ -214,8 +214,8 @@ class Job:
 
     def _model(self, client: Client) -> Model:
         model = client.model(self.specification.model)
-        same_run(self.specification, model, self.server)
-        check_digest(self.specification, model.spec.run_digest)
+        same_model(self.specification, model, self.server)
+        check_model(self.specification, model.spec)
         return model
 
     def verify(self, regenerate: int = 1) -> list[verification.Fault]:

@@ -137,6 +137,7 @@ def _begin(
         model=model,
         run_id=spec.run_id,
         run_digest=spec.run_digest,
+        model_digest=spec.model_digest,
         image_shape=spec.image_shape,
         count=count or len(found) * int(options.get("samples", 1)),
         shard_size=arguments.integer("--shard-size", shard_size, 1, 1_000_000),

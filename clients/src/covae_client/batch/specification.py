@@ -22,9 +22,10 @@ OPERATIONS = ("generate", "score", "edit")
 class Specification:
     """A job, as `job.json` holds it.
 
-    operation: generate, score or edit. model, run_id, run_digest: the served model, and the training run that it must
-    be. image_shape: (H, W, C). count: rows in all; shard_size: rows of each shard but the last. format: parquet or
-    webdataset. options: of the operation. inputs: what is scored, or the edits, with a digest of their names and sizes.
+    operation: generate, score or edit. model, run_id, run_digest, model_digest: the served model, and the training run
+    and export that it must be of; a job of before exports had a digest has none. image_shape: (H, W, C). count: rows in
+    all; shard_size: rows of each shard but the last. format: parquet or webdataset. options: of the operation. inputs:
+    what is scored, or the edits, with a digest of their names and sizes.
     """
 
     operation: str
@@ -38,6 +39,7 @@ class Specification:
     options: Mapping[str, Any]
     inputs: tuple[str, ...] = ()
     inputs_digest: str = ""
+    model_digest: str = ""
     version: int = VERSION
 
     def __post_init__(self) -> None:

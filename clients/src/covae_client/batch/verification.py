@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from covae_client.batch.shards import ShardError, from_bytes, to_bytes
-from covae_client.batch.work import make, same_run
+from covae_client.batch.work import make, same_model
 
 if TYPE_CHECKING:
     from covae_client.batch.engine import Job
@@ -58,7 +58,7 @@ def _made_again(job: Job, shards: Sequence[int]) -> list[Fault]:
     with job.model() as model:
         for shard in shards:
             rows = make(specification, model, inputs, shard, lambda: None)
-            same_run(specification, model, job.server)
+            same_model(specification, model, job.server)
             found = job.store.read(specification.name(shard))
             if to_bytes(specification, shard, rows) == found:
                 continue

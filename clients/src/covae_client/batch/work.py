@@ -22,12 +22,14 @@ from covae_client.errors import (
     DeadlineExceeded,
     ImageFileError,
     InvalidRequest,
+    ModelChanged,
     ServerError,
     ServerFault,
 )
 from covae_client.model import BeyondReach, Model
 from covae_client.retry import Timeout
 from covae_client.scored_files import printable
+from covae_core.contract import ModelSpec
 from covae_core.images import fit_image, load_edit, open_image
 
 # Rows that a worker asks for at a time: four requests in flight.
@@ -48,47 +50,56 @@ class Cancelled(JobError):
     """Someone cancelled it."""
 
 
-def check_digest(job: Specification, digest: str) -> None:
-    """See that a served model is the job's.
+def check_model(job: Specification, spec: ModelSpec) -> None:
+    """See that a served model is the job's: other graphs of the same training run may round otherwise.
 
     Raises:
-        JobError: it is another training run.
+        JobError: it is another training run, or another export of it.
     """
-    if digest != job.run_digest:
-        raise JobError(
-            f"{job.model}: the server now has another training run of it ({digest[:12]}…, the job's is "
-            f"{job.run_digest[:12]}…); nothing of it was written. Serve the job's model and resume, or make a new job"
-        )
+    for what, found, wanted in (
+        ("training run", spec.run_digest, job.run_digest),
+        ("export", spec.model_digest, job.model_digest or spec.model_digest),
+    ):
+        if found != wanted:
+            raise JobError(
+                f"{job.model}: the server now has another {what} of it ({found[:12]}…, the job's is {wanted[:12]}…); "
+                "nothing of it was written. Serve the job's model and resume, or make a new job"
+            )
 
 
-def same_run(job: Specification, model: Model, server: str) -> None:
+def same_model(job: Specification, model: Model, server: str) -> None:
     """See that the server still has the job's model, or each of several: any of them may have answered.
 
     Raises:
-        JobError: one has another training run.
+        JobError: one has another training run, or another export.
     """
     servers = each(server)
     if len(servers) == 1:
-        check_digest(job, model.served_digest())
+        check_model(job, model.served_spec())
         return
     for address in servers:
         # One that does not answer now is left, as it was when it was asked for rows.
         with suppress(ConnectionFailed, DeadlineExceeded), Client(address, timeout=ASK, retry=1) as client:
-            check_digest(job, client.model(job.model).spec.run_digest)
+            check_model(job, client.model(job.model).spec)
 
 
 def make(job: Specification, model: Model, inputs: Inputs | None, shard: int, check: Check) -> Rows:
     """The rows of a shard. check: called between blocks; what it raises ends the work.
 
     Raises:
-        ServerError: the server does not do it.
+        ServerError: the server does not do it. JobError: no server has the job's export any more.
     """
-    if job.operation == "generate":
-        return _generated(job, model, job.rows(shard), check)
-    assert inputs is not None
-    if job.operation == "score":
-        return _scored(job, model, inputs, job.rows(shard), check)
-    return _edited(job, model, inputs, job.rows(shard), check)
+    try:
+        if job.operation == "generate":
+            return _generated(job, model, job.rows(shard), check)
+        assert inputs is not None
+        if job.operation == "score":
+            return _scored(job, model, inputs, job.rows(shard), check)
+        return _edited(job, model, inputs, job.rows(shard), check)
+    except ModelChanged as error:
+        raise JobError(
+            f"{job.model}: {error}; nothing of it was written. Serve the job's model and resume, or make a new job"
+        ) from error
 
 
 def _blocks(rows: range, size: int, check: Check) -> Iterator[range]:
@@ -151,6 +162,8 @@ def _scored_singly(
         return
     try:
         yield from zip(images, list(_scores(job, model, np.stack(list(images.values())))), strict=True)
+    except ModelChanged:  # that is no picture's fault
+        raise
     except (ServerFault, InvalidRequest) as error:
         if len(images) == 1:
             yield next(iter(images)), error
@@ -180,6 +193,8 @@ def _edited(job: Specification, model: Model, inputs: Inputs, rows: range, check
                 result = model.condition(
                     latent, mask, pixels, softness=softness, seed=job.options["noise_seed"], start=start + first
                 )
+        except ModelChanged:
+            raise
         except (ImageFileError, ServerFault, InvalidRequest) as error:  # of this edit
             found.rejects += [_reject(index, name, error) for index in inside]
             continue

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from covae_core.densities.base import Density, Drawable
+from covae_core.densities.bernoulli import Bernoulli
 from covae_core.densities.capabilities import Conditionable, HasComponents, HasEntropy, Whitening
 from covae_core.densities.diagonal_normal import ConditionalDiagonalNormal, DiagonalNormal
 from covae_core.densities.hybrid_normal import HybridNormal
@@ -15,11 +16,12 @@ from covae_core.densities.ycbcr_normal import YCbCrNormal
 # Every density by the name that a model's config gives it (contract.ModelSpec.density).
 DENSITIES: Mapping[str, type[Density]] = {
     density.kind: density
-    for density in (LowRankNormal, DiagonalNormal, SparsePrecisionNormal, HybridNormal, YCbCrNormal)
+    for density in (LowRankNormal, DiagonalNormal, SparsePrecisionNormal, HybridNormal, YCbCrNormal, Bernoulli)
 }
 
 __all__ = [
     "DENSITIES",
+    "Bernoulli",
     "Conditionable",
     "ConditionalDiagonalNormal",
     "ConditionalLowRankNormal",

@@ -1,0 +1,152 @@
+"""Families with a pose: what the pose does, what is refused, and the two that tests/families does not serve."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from covae_core.errors import InvalidArgument
+from covae_core.operations import OPERATIONS
+from covae_export.conversion import convert
+from covae_export.graphs import build_graph, describe
+from covae_export.verification import verify
+from covae_train.data import ImageData
+from covae_train.families import build_model, make_config
+from covae_train.networks.warps import Affine, Affine5, ThinPlate
+from covae_train.run import load_run
+from covae_train.training import Trainer
+
+POSED = ["tvae-affine", "tvae-affine5", "tvae-tps", "dtvae-affine"]
+WARPS = {"tvae-affine": Affine, "tvae-affine5": Affine5, "tvae-tps": ThinPlate, "dtvae-affine": Affine}
+
+
+def config(family, **options):
+    given = {"epochs": 2, "batch_size": 16, "latent_size": 3, "hidden": (24, 16), **options}
+    return make_config(family=family, data="digits", image_shape=(12, 10, 1), **given)
+
+
+@pytest.fixture(scope="module")
+def larger(digits):
+    """Digits of 12×10 pixels."""
+    images = torch.nn.functional.interpolate(digits.train[:96].float(), (12, 10), mode="bilinear").round().byte()
+    return ImageData("digits", images, images[:16], flips=False)
+
+
+@pytest.fixture(params=POSED)
+def family(request):
+    return request.param
+
+
+@pytest.mark.parametrize("prior", ["identity", "fitted", "full"])
+def test_the_pose_is_of_the_prior_that_was_chosen(family, prior):
+    rank = {"pose_rank": 2} if prior == "full" else {}
+    model = build_model(config(family, pose_prior=prior, **rank))
+    degrees = WARPS[family].degrees
+    assert model.latents == {"latent": (3,), "pose": (2 if rank else degrees,)}
+    learned = {name for name, _ in model.pose.named_parameters()}
+    assert (
+        learned == {"identity": {"log_scales"}, "fitted": {"shift", "log_scales"}, "full": {"shift", "columns"}}[prior]
+    )
+    with torch.no_grad():
+        u = torch.randn(400_000, *model.latents["pose"], generator=torch.Generator().manual_seed(0))
+        drawn = model.pose(u)
+    covariance = torch.eye(degrees) * 0.01
+    if rank:
+        covariance[2:] = 0
+    assert (torch.cov(drawn.T) - covariance).abs().max() < 3e-4
+
+
+@torch.no_grad()
+def test_every_image_is_upright_at_first_and_a_pose_moves_it(family):
+    model = build_model(config(family)).eval()
+    images = torch.rand(4, 1, 12, 10)
+    found = model.posteriors(images)
+    torch.testing.assert_close(found["pose"].mean, torch.zeros(4, WARPS[family].degrees))
+    torch.testing.assert_close(found["pose"].scale, torch.ones(4, WARPS[family].degrees))
+    latent = found["latent"].mean
+    upright = model.decoder(latent)
+    zeros = {"latent": latent, "pose": torch.zeros(4, WARPS[family].degrees)}
+    torch.testing.assert_close(model.features(zeros), upright, rtol=0, atol=1e-5)
+    pose = torch.randn(4, WARPS[family].degrees)
+    moved = model.features({"latent": latent, "pose": pose})
+    torch.testing.assert_close(moved, model.warp(upright, 0.1 * pose))
+    assert (moved - upright).abs().max() > 0.1 * upright.abs().max()
+
+
+@torch.no_grad()
+def test_a_pose_that_is_undone_is_not_seen_by_the_encoder_of_the_rest():
+    """The localisation says of images that were moved by a pose just that pose: the latent is the upright images'."""
+    model = build_model(config("dtvae-affine")).eval().double()
+    images = torch.nn.functional.avg_pool2d(torch.rand(4, 1, 14, 12), 3, 1).double()
+    u = torch.randn(1, 6, dtype=torch.float64)
+    last = model.localisation[-1]
+    last.bias[:6] = u[0]  # whatever it sees
+    moved = model.warp(images, model.pose(u.expand(4, 6)), inverse=True)
+    found = model.posteriors(images)
+    torch.testing.assert_close(found["pose"].mean, u.expand(4, 6))
+    torch.testing.assert_close(found["latent"].mean, model.encoder(moved).mean)
+
+
+def test_it_learns_both_densities(family, larger, tmp_path):
+    for density in ("bernoulli", "diagonal-normal"):
+        bounds = []
+        trainer = Trainer(config(family, density=density, epochs=20), larger, tmp_path / density)
+        trainer.fit(lambda report, bounds=bounds: bounds.append(report.bound))
+        assert np.mean(bounds[-6:]) > np.mean(bounds[:6]) + 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tvae-affine5", "tvae-tps"])
+def test_the_graphs_agree_with_torch(family, larger, tmp_path):
+    Trainer(config(family), larger, tmp_path / "run").fit()
+    run = load_run(tmp_path / "run")
+    spec = describe(run, 3, 2)
+    assert spec.operations == ("decode", "encode", "sample", "draw", "score")
+    for name in ("decode", "sample", "score"):
+        path = tmp_path / f"{name}.onnx"
+        convert(build_graph(OPERATIONS[name], run.model, spec), path)
+        assert all(item.acceptable for item in verify(run.model, spec, OPERATIONS[name], path))
+    session = ort.InferenceSession(tmp_path / "sample.onnx", providers=["CPUExecutionProvider"])
+    seeds = {"latent_seed": np.arange(5)[:, None], "noise_seed": np.arange(5)[:, None]}
+    together = session.run(None, seeds)[0]
+    alone = [session.run(None, {key: value[row : row + 1] for key, value in seeds.items()})[0] for row in range(5)]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+    assert set(np.unique(together)) <= {0, 255}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"family": "tvae-tps", "image_shape": (8, 8, 1)}, "found images of 8x8; a spline .* takes 9 pixels a side"),
+        ({"family": "tvae-affine", "pose_rank": 2}, "pose_rank: found 2 with pose_prior fitted"),
+        ({"family": "tvae-affine5", "pose_prior": "full", "pose_rank": 6}, "pose_rank: found 6 .*; expected at most 5"),
+        ({"family": "tvae-affine", "image_shape": (256, 256, 3)}, r"dense layers on 256x256 images .* parameters"),
+        (
+            {"family": "vae", "network": "dense", "hidden": (90_000,), "image_shape": (64, 64, 1)},
+            "vae: dense layers on",
+        ),
+        ({"family": "vae", "density": "bernoulli", "variance": 0.1}, "vae: density bernoulli has no variance"),
+        ({"family": "tvae-affine", "hidden": ()}, "hidden: found"),
+        ({"family": "dtvae-affine", "pose_prior": "flat"}, "pose_prior: found 'flat'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_training(given, message):
+    values = {"data": "digits", "image_shape": (28, 28, 1), **given}
+    with pytest.raises(InvalidArgument, match=message):
+        build_model(make_config(**values))
+
+
+def test_a_plain_vae_has_the_thesiss_networks_and_density_as_options(larger, tmp_path):
+    options = {"network": "dense", "density": "bernoulli", "hidden": (24, 16)}
+    given = {"epochs": 20, "batch_size": 16, "latent_size": 3, **options}
+    bounds = []
+    trainer = Trainer(
+        make_config(family="vae", data="digits", image_shape=(12, 10, 1), **given), larger, tmp_path / "run"
+    )
+    trainer.fit(lambda report: bounds.append(report.bound))
+    assert np.mean(bounds[-6:]) > np.mean(bounds[:6]) + 10
+    with torch.no_grad():
+        density = load_run(tmp_path / "run").model.density({"latent": torch.zeros(2, 3)})
+    assert density.kind == "bernoulli"
