@@ -254,6 +254,19 @@ def bench_batch(
     run_batch(images, many, repeats, threads, folder, Console())
 
 
+@bench.command("dashboard")
+def bench_dashboard(
+    seconds: Annotated[float, typer.Option(min=20, help="of load")] = 90,
+    folder: Annotated[Path, typer.Option(help="folder for the picture")] = Path("bench"),
+) -> None:
+    """Draw the Grafana dashboard's panels as a real Prometheus (apt-get install prometheus) answers them under load."""
+    from rich.console import Console
+
+    from covae_apps.bench.dashboard import draw_dashboard
+
+    Console().print(f"written: {draw_dashboard(seconds, folder)}")
+
+
 @bench.command("healing")
 def bench_healing(
     faults: Annotated[int, typer.Option(min=1, help="of each kind")] = 20,

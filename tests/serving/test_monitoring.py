@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import covae_serving
+from covae_apps.bench.dashboard import Prometheus
 from covae_client import Client
 from covae_client.metrics import served_registry
 from covae_serving.service import Service
@@ -48,41 +46,6 @@ def test_every_alert_says_what_to_do_and_is_tried():
     assert text.count("action:") == text.count("summary:") == len(alerts)
 
 
-class Prometheus:
-    """A real one, on the monitoring files, with these targets in the place of theirs."""
-
-    def __init__(self, folder, server, client):
-        rules = (MONITORING / "rules.yml").read_text().replace("[5m]", "[15s]")
-        (folder / "rules.yml").write_text(rules)
-        config = (MONITORING / "prometheus.yml").read_text()
-        for ours, theirs in (("127.0.0.1:8002", server), ("127.0.0.1:9102", client), (" 5s", " 1s")):
-            assert ours in config
-            config = config.replace(ours, theirs)
-        (folder / "prometheus.yml").write_text(config)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.process = subprocess.Popen(
-            ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data",
-             f"--web.listen-address=127.0.0.1:{self.port}"],
-            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    def query(self, expression):
-        place = f"http://127.0.0.1:{self.port}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-        try:
-            with urllib.request.urlopen(place, timeout=5) as page:
-                answer = json.load(page)
-        except OSError:
-            return []
-        assert answer["status"] == "success", answer
-        return answer["data"]["result"]
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(10)
-
-
 @pytest.mark.slow
 @needs_prometheus
 def test_a_real_prometheus_answers_every_query_of_the_dashboard_and_its_p99_is_the_clients(
@@ -94,7 +57,7 @@ def test_a_real_prometheus_answers_every_query_of_the_dashboard_and_its_p99_is_t
         Client(service.grpc_address, metrics=registry) as client,
     ):
         server = service.metrics_url.removeprefix("http://").removesuffix("/metrics")
-        prometheus = Prometheus(tmp_path, server, f"127.0.0.1:{free_port}")
+        prometheus = Prometheus(tmp_path, MONITORING, server, f"127.0.0.1:{free_port}")
         try:
             model = client.model("toy")
             took, latents = [], np.zeros((1, 4), np.float32)
