@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from covae_core.errors import InvalidArgument
+from covae_core.importance import importance_weights
 from covae_core.operations import OPERATIONS
 from covae_export.conversion import convert
 from covae_export.graphs import build_graph, describe
@@ -73,6 +74,30 @@ def test_every_image_is_upright_at_first_and_a_pose_moves_it(family):
     moved = model.features({"latent": latent, "pose": pose})
     torch.testing.assert_close(moved, model.warp(upright, 0.1 * pose))
     assert (moved - upright).abs().max() > 0.1 * upright.abs().max()
+
+
+def test_without_a_prior_a_pose_is_the_images_own_and_samples_have_the_average(family, larger, tmp_path):
+    Trainer(config(family, pose_prior="none", epochs=4), larger, tmp_path / "run").fit()
+    run = load_run(tmp_path / "run")
+    images = larger.train.float() / 255
+    with torch.no_grad():
+        found = run.model.posteriors(images)
+        pose = found["pose"]
+        assert (pose.kl(run.model.prior("pose")) == 0).all()
+        assert (pose.scale == 0).all()
+        torch.testing.assert_close(pose.draw(torch.randn_like(pose.mean)), pose.mean)
+        assert pose.mean.std(0).max() > 1e-4
+        drawn = run.model.draw_latents(3, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(drawn["pose"], pose.mean.mean(0).expand(3, -1), rtol=1e-4, atol=1e-6)
+        weights = importance_weights(
+            run.model, images[:3], {name: torch.randn(3, 5, *shape) for name, shape in run.model.latents.items()}
+        )
+        assert np.isfinite(weights.log_weight).all()
+        # Given the pose, it is a VAE of the latent alone.
+        ratio = weights.log_likelihood + weights.log_prior - weights.log_posterior
+        torch.testing.assert_close(weights.log_weight, ratio)
+    spec = describe(run, 3, 2)
+    assert spec.priors == {"latent": "standard-normal", "pose": "point"}
 
 
 @torch.no_grad()

@@ -58,6 +58,29 @@ class NormalPosterior:
         return NormalPosterior(self.mean.to(dtype), self.scale.to(dtype))
 
 
+class PointPosterior(NormalPosterior):
+    """A latent that is a function of the image: one value, no information by convention. mean: (B, *latent_shape)"""
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__(mean, torch.zeros_like(mean))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """0, as the prior's: neither is a density, and the model is one of the other latents given this one."""
+        return value.flatten(1).sum(1) * 0
+
+    def kl(self, prior: Prior) -> Tensor:
+        """0 per row. shape: (B,)"""
+        return self.mean.flatten(1).sum(1) * 0
+
+    def repeat(self, times: int) -> PointPosterior:
+        """Each row `times` times in a row."""
+        return PointPosterior(repeat_rows(self.mean, times))
+
+    def to(self, dtype: Any) -> PointPosterior:
+        """In another precision."""
+        return PointPosterior(self.mean.to(dtype))
+
+
 class MatrixNormalPosterior(NormalPosterior):
     """N matrices of d×d, each matrix-variate normal N(M, Ω ⊗ Ψ) with diagonal Ω and Ψ (Spatial VAE eqs. 5 to 9).
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from math import log, pi
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,6 +36,25 @@ class StandardNormal(Prior):
     def log_prob(self, value: Tensor) -> Tensor:
         """log N(z; 0, I) per row, in nats. shape: (B,)"""
         return standard_log_prob(value)
+
+
+class Point(Prior):
+    """One value: of a latent that is a function of the image. shape: the latent's"""
+
+    kind = "point"
+    value: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.zeros(shape))
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """The value, for every row."""
+        return self.value + 0 * noise
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """0 per row. shape: (B,)"""
+        return value.flatten(1).sum(1) * 0
 
 
 def standard_log_prob(z: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from covae_train.networks import dense
 from covae_train.networks.spatial import TanhHead
 from covae_train.networks.warps import Warp
 from covae_train.objective import negative_bound
-from covae_train.phases import Phase
-from covae_train.posteriors import NormalPosterior
-from covae_train.priors import StandardNormal
+from covae_train.phases import Phase, TrainingImages
+from covae_train.posteriors import NormalPosterior, PointPosterior
+from covae_train.priors import Point, StandardNormal
 
 # The pose's standard deviation at first, in the warp's units: a twentieth of an image.
 FIRST_SCALE = 0.1
@@ -50,16 +50,16 @@ class PosedOptions(TrainedOptions):
         (256, 256), min_length=1, description="units of the encoder's hidden layers; the decoder's are these backwards"
     )
     density: DensityName = Field("bernoulli", description="of pixels: bernoulli as in the thesis, or diagonal-normal")
-    pose_prior: Literal["identity", "fitted", "full"] = Field(
+    pose_prior: Literal["none", "identity", "fitted", "full"] = Field(
         "fitted",
         description="of the pose: identity has its mean there and fits its scales, fitted fits both, full fits a "
-        "covariance of rank --pose-rank",
+        "covariance of rank --pose-rank; none makes the pose a function of the image, and samples have the average one",
     )
     pose_rank: PositiveInt | None = Field(None, description="k of a full prior; as many as the pose has numbers")
 
 
 class PosePrior(nn.Module):
-    """The pose that standard normals stand for: shift + scales · u, or shift + W u.
+    """The pose that standard normals stand for: shift + scales · u, or shift + W u; without a prior FIRST_SCALE u.
 
     So every prior of the thesis, N(identity, τ²), N(ν, τ²) and N(b, W Wᵀ), is a standard normal over the latent `pose`,
     and the KL is that of these: it does not depend on the units of the pose.
@@ -69,19 +69,21 @@ class PosePrior(nn.Module):
 
     def __init__(self, degrees: int, kind: str, rank: int) -> None:
         super().__init__()
-        if kind == "identity":
+        if kind in ("none", "identity"):
             self.register_buffer("shift", torch.zeros(degrees))
         else:
             self.shift = nn.Parameter(torch.zeros(degrees))
         full = kind == "full"
-        self.log_scales = None if full else nn.Parameter(torch.full((degrees,), FIRST_SCALE).log())
+        scales = torch.full((degrees,), FIRST_SCALE).log()
+        self.log_scales = None if full or kind == "none" else nn.Parameter(scales)
         self.columns = nn.Parameter(FIRST_SCALE * torch.eye(degrees)[:, :rank]) if full else None
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (B, k); returns the warp's pose, (B, degrees)"""
         if self.columns is not None:
             return self.shift + (self.columns * u[:, None]).sum(-1)
-        assert self.log_scales is not None
+        if self.log_scales is None:
+            return FIRST_SCALE * u
         return self.shift + self.log_scales.exp() * u
 
 
@@ -100,7 +102,8 @@ class PosedVae(Vae):
         encoder = dense.DenseEncoder(shape, options.hidden, size if undone else size + poses)
         super().__init__(encoder, dense.DenseDecoder(size, options.hidden, shape), head_of(options.density), (size,))
         self.latents["pose"] = (poses,)
-        self.priors["pose"] = StandardNormal()
+        self._certain = options.pose_prior == "none"
+        self.priors["pose"] = Point((poses,)) if self._certain else StandardNormal()
         self.warp, self.pose = warp, PosePrior(warp.degrees, options.pose_prior, rank)
         self.localisation = nn.Sequential(*dense.layers(shape, [LOCALISATION, 2 * poses])) if undone else None
         self._sizes = (size, poses)
@@ -118,15 +121,18 @@ class PosedVae(Vae):
     def posteriors(self, images: Tensor) -> Mapping[str, NormalPosterior]:
         """q(latent|x) and q(pose|x) of images (B, C, H, W) in [0, 1]."""
         if self.localisation is not None:
-            pose = dense.posterior(self.localisation(images).flatten(1))
+            pose = self._posterior(dense.posterior(self.localisation(images).flatten(1)))
             upright = self.warp(images, self.pose(pose.mean), inverse=True)
             return {"latent": self.encoder(upright), "pose": pose}
         both: NormalPosterior = self.encoder(images)
         size = self._sizes[0]
         return {
             "latent": NormalPosterior(both.mean[:, :size], both.scale[:, :size]),
-            "pose": NormalPosterior(both.mean[:, size:], both.scale[:, size:]),
+            "pose": self._posterior(NormalPosterior(both.mean[:, size:], both.scale[:, size:])),
         }
+
+    def _posterior(self, pose: NormalPosterior) -> NormalPosterior:
+        return PointPosterior(pose.mean) if self._certain else pose
 
     def features(self, latents: Mapping[str, Tensor]) -> Tensor:
         """The decoded image, warped, in [−1, 1]. shape: (B, C, H, W)"""
@@ -158,9 +164,18 @@ def build(config: RunConfig, warp: type[Warp], *, undone: bool = False) -> Posed
 
 
 def phases(config: RunConfig) -> list[Phase]:
-    """One, by the bound."""
+    """One, by the bound; where the pose has no prior, the average pose of the training images after it."""
     options = cast(PosedOptions, config.options)
-    return [Phase("all", options.epochs, options.learning_rate, negative_bound)]
+    found = [Phase("all", options.epochs, options.learning_rate, negative_bound)]
+    return [*found, Phase("average pose", 0, begin=average_pose)] if options.pose_prior == "none" else found
+
+
+def average_pose(model: PosedVae, training: TrainingImages) -> None:
+    """What samples have: the mean of the training images' poses."""
+    poses = torch.cat([model.posteriors(images)["pose"].mean for images in training.images()])
+    prior = model.prior("pose")
+    assert isinstance(prior, Point)
+    prior.value.copy_(poses.double().mean(0))
 
 
 def defaults(image_shape: ImageShape) -> Mapping[str, Any]:
