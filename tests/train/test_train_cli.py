@@ -52,7 +52,7 @@ def test_train_then_train_again_then_evaluate(tmp_path):
 
 
 WRONG_COMMANDS = {
-    "family: found 'gan'; expected one of beta-vae, hybrid-vae, low-rank-normal, pca, sos-vae": (
+    "family: found 'gan'; expected one of beta-vae, dtvae-affine, hybrid-vae, low-rank-normal, pca, sos-vae": (
         "gan",
         "--data",
         "digits",

@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from covae_core.errors import InvalidArgument
+from covae_train.calibration import can_calibrate
 from covae_train.data import ImageData
 from covae_train.run import TrainedRun
 
@@ -144,3 +145,8 @@ def auroc(values: NDArray[np.floating[Any]], odd: NDArray[np.bool_]) -> NDArray[
 def needs_encoder(run: TrainedRun) -> str | None:
     """What a run lacks for a measure that scores or reconstructs images: a model with latents has to find them."""
     return None if run.model.encodes or not run.model.latents else "an encoder"
+
+
+def needs_whitening(run: TrainedRun) -> str | None:
+    """As needs_encoder, for a measure that looks at whitened residuals too."""
+    return needs_encoder(run) or (None if can_calibrate(run.model) else "whitened residuals, which its density has not")

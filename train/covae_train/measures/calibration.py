@@ -11,7 +11,7 @@ from torch import Tensor
 from covae_core.densities import Whitening
 from covae_core.densities.factored import Factored
 from covae_train.data import ImageData
-from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_encoder, register
+from covae_train.measures import Estimate, Measure, Settings, mean_of, needs_whitening, register
 from covae_train.measures.coherence import lag1
 from covae_train.objective import Batch, encoded
 from covae_train.run import TrainedRun
@@ -81,7 +81,7 @@ register(
         "calibration",
         "mean squared whitened residual, 1 for a density that is right; also along its factor",
         compute,
-        needs_encoder,
+        needs_whitening,
         usual=True,
     )
 )

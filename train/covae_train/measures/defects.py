@@ -19,7 +19,7 @@ from covae_core.densities import Whitening
 from covae_core.surprise import density_at_means, patch_sums
 from covae_train.calibration import untouched
 from covae_train.data import ImageData, in_units
-from covae_train.measures import Estimate, Settings, auroc, mean_of, needs_encoder, paired_measure, register
+from covae_train.measures import Estimate, Settings, auroc, mean_of, needs_whitening, paired_measure, register
 from covae_train.run import TrainedRun
 
 BATCH = 100
@@ -129,5 +129,7 @@ def compare(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[s
 
 
 register(
-    paired_measure("defects", "pixel AUROC of surprise maps, defects put into images", measured, compare, needs_encoder)
+    paired_measure(
+        "defects", "pixel AUROC of surprise maps, defects put into images", measured, compare, needs_whitening
+    )
 )

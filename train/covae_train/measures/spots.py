@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from covae_core.surprise import spots
 from covae_train.calibration import untouched
 from covae_train.data import ImageData, has_odd_images, odd_images_of
-from covae_train.measures import Estimate, Settings, auroc, needs_encoder, paired_measure, register
+from covae_train.measures import Estimate, Settings, auroc, needs_whitening, paired_measure, register
 from covae_train.measures.defects import residual_maps
 from covae_train.run import TrainedRun
 
@@ -25,7 +25,9 @@ Spots = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 def needs(run: TrainedRun) -> str | None:
     """An encoder, and odd images."""
-    return needs_encoder(run) or (None if has_odd_images(run.config.data) else "odd images with masks beside its data")
+    return needs_whitening(run) or (
+        None if has_odd_images(run.config.data) else "odd images with masks beside its data"
+    )
 
 
 def area(usual: NDArray[np.float64], odd: NDArray[np.float64]) -> NDArray[np.float64]:
