@@ -379,8 +379,8 @@ def test_rows_that_are_whole_but_not_the_models_are_found_by_making_them_again(m
     assert job.verify(regenerate=0) == []
     (fault,) = job.verify(regenerate=2)
     assert (fault.shard, "it has other rows" in fault.problem, fault.damaged) == (1, True, False)
-    code, _, _ = Running(["verify", tmp_path, "--discard", "--regenerate", 2, "--server", server]).end()
-    assert code == 1
+    code, out, err = Running(["verify", tmp_path, "--discard", "--regenerate", 2, "--server", server]).end()
+    assert code == 1, (out, err)
     assert len(shards_in(tmp_path)) == 2  # it is whole: another processor may have made it
 
 
