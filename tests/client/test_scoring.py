@@ -77,3 +77,11 @@ def test_an_exact_score_is_not_called_a_loose_bound(exact, tmp_path, capsys):
     assert said.count(" –") == (2 if exact else 3)
     write_json(tmp_path / "scores.json", [row], name="toy", num_samples=100, seed=0)
     assert json.loads((tmp_path / "scores.json").read_text())["num_samples"] == (1 if exact else 100)
+
+
+def test_a_score_that_is_of_no_density_over_bytes_has_no_bits(weights, capsys):
+    scores = summarise(weights, SIZE, of_bytes=False)
+    assert np.isnan(scores.bits_per_dim).all()
+    np.testing.assert_array_equal(scores.elbo, summarise(weights, SIZE).elbo)
+    print_scores([FileScore("a.png", log_likelihood_bound=-80.0, elbo=-90.0, effective_sample_size=50.0)])
+    assert "compares with other Bernoullis alone" in capsys.readouterr().out.replace("\n", " ")

@@ -115,10 +115,11 @@ def test_tls_is_for_those_who_trust_the_server_and_speak_it(papers, toy_reposito
             before = model.sample(2, seed=0)
             heals(own_stubs)
             assert (model.sample(2, seed=0) == before).all()
-        for wrong in (None, tls(papers.theirs), Tls()):
+        advice = {None: "does it ask for TLS", tls(papers.theirs): "do you trust its authority", Tls(): "do you trust"}
+        for wrong, words in advice.items():
             with (
                 Client(service.grpc_address, tls=wrong, timeout=SOON) as client,
-                pytest.raises(errors.ConnectionFailed, match="no server answered"),
+                pytest.raises(errors.ConnectionFailed, match=f"no server answered.*{words}"),
             ):
                 client.model("toy")
 

@@ -80,8 +80,8 @@ def test_a_real_prometheus_answers_every_query_of_the_dashboard_and_its_p99_is_t
             assert [item["metric"]["alertname"] for item in prometheus.query("ALERTS")] == []
         finally:
             prometheus.stop()
-    # A bucket is 1.1 times the one before; the client's own clock is around the whole call, and Prometheus last looked up
-    # to a second before.
+    # A bucket is 1.1 times the one before; the client's own clock is around the whole call, and Prometheus looked last
+    # up to a second before.
     assert math.isclose(float(found["value"][1]), float(np.quantile(took, 0.99)), rel_tol=0.15)
     assert len(took) > 500
 

@@ -110,11 +110,13 @@ def run_demo(
     write_page(places.page, name, images, tours, summary)
     console.print(_table(runs, summary))
     console.print("How to read these: the page says it in words, docs/results.md at length.")
-    console.print(f"{time.perf_counter() - started:.0f} s in all. Look at {places.page}, then try, in two terminals:")
+    console.print(
+        f"{time.perf_counter() - started:.0f} s, installation aside. Look at {places.page}, then try, in two terminals:"
+    )
     covae = Path(sys.argv[0]) if Path(sys.argv[0]).name == "covae" else Path("covae")
     shown = covae.relative_to(Path.cwd()) if covae.is_relative_to(Path.cwd()) else covae
     console.print(f"    {shown} serve {' '.join(run.run_id for run in runs)}", soft_wrap=True)
-    console.print(f"    {shown} sample {runs[0].run_id} -n 16", soft_wrap=True)
+    console.print(f"    {shown} sample {runs[0].run_id} -n 16 --out out/samples", soft_wrap=True)
     return places.page
 
 

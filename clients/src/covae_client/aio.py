@@ -37,6 +37,7 @@ from covae_client.transport import (
     request_parameters,
     request_parts,
     request_tensors,
+    telling,
     translated,
 )
 from covae_core.contract import ModelSpec, Priority
@@ -371,15 +372,14 @@ class AsyncTransport:
 
     async def _wait_until_live(self) -> None:
         connect_s = self.settings.timeout.connect_s
-        deadline = time.monotonic() + connect_s
+        deadline, reason = time.monotonic() + connect_s, "it is not live"
         while True:
-            reason = "it is not live"
             try:
                 if await self._attempt(Question("connect", "is_server_live", ()), deadline - time.monotonic()):
                     return
             except (ConnectionFailed, DeadlineExceeded) as error:
                 cause: Any = error.__cause__
-                reason = cause.message() if cause else str(error)
+                reason = telling(reason, cause.message() if cause else str(error))
             if time.monotonic() + CONNECT_POLL_S >= deadline or self._closed:
                 raise ConnectionFailed(
                     f"{self.address}: no server answered within {connect_s} s: start one with `covae serve`, "

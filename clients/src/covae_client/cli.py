@@ -19,6 +19,8 @@ from typer.core import TyperGroup
 from covae_client.batch_cli import app as batch_app
 from covae_client.errors import CovaeError, InvalidArgument
 
+# gRPC's own log tells a user nothing that an error does not; read when it is imported, by a command.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 COMMAND_GROUP = "covae.commands"
 # Known by name even where the package that brings them is not installed.
 COVAE_COMMANDS = ("train", "calibrate", "evaluate", "report", "gallery", "export", "serve", "bench", "demo")

@@ -16,7 +16,7 @@ from covae_client import arguments
 from covae_client.errors import InvalidArgument, ServerFault
 from covae_client.scoring import Scores, summarise
 from covae_core.calibration import parts_of
-from covae_core.contract import LATENT_STREAMS, ModelSpec
+from covae_core.contract import BERNOULLI, LATENT_STREAMS, ModelSpec
 from covae_core.noise import row_seeds, standard_normal
 from covae_core.operations import OPERATIONS
 from covae_core.surprise import spots
@@ -254,7 +254,8 @@ class Plans:
             weights = result["log_weight"].reshape(len(arrays), calls * per_call)[:, :num_samples]
             if np.isnan(weights).any():
                 raise ServerFault(f"{self.name}: score gave NaN weights: the exported model is broken on these images")
-            return summarise(weights, prod(self.spec.image_shape), exact=exact)
+            of_bytes = self.spec.density != BERNOULLI
+            return summarise(weights, prod(self.spec.image_shape), exact=exact, of_bytes=of_bytes)
 
         wanted = frozenset({"log_weight"})
         return Call("score", inputs, len(arrays) * calls, finish, per_unit=calls, outputs=wanted)

@@ -33,6 +33,10 @@ FEW_WEIGHTS = (
     "far too low. A larger --num-samples tightens it."
 )
 NO_CALIBRATION = "no p-values: the model has no calibration; `covae calibrate` its run and export it again"
+NO_BYTES = (
+    "no p-values, and no bits: a Bernoulli's score of grey pixels is a cross-entropy, which compares with other "
+    "Bernoullis alone"
+)
 # More files than this are summed up on the terminal.
 SCREENFUL = 40
 # What of a mask's file is true.
@@ -224,7 +228,7 @@ def print_scores(rows: Sequence[FileScore], *, top: int | None = None, rate: flo
     if len(scored) > 1 and scored[0].p_value is not None:
         _print_odd(scored, rate, console, listed=len(scored) > SCREENFUL or top is not None)
     if scored[0].p_value is None:
-        console.print(NO_CALIBRATION, soft_wrap=True)
+        console.print(NO_CALIBRATION if scored[0].bits_per_dim is not None else NO_BYTES, soft_wrap=True)
 
 
 def _print_table(rows: Sequence[FileScore], console: Console) -> None:

@@ -27,7 +27,8 @@ class Scores:
     elbo: the mean of log w, the bound of K = 1.
     bits_per_dim: -(bound - S log 255) / (S log 2) for the S = H·W·C numbers of an image: the density in units of
         bytes, pixels being byte/255. Images are scored as they are, without dequantisation noise, so it is comparable
-        between models of this project and is no upper bound on the bits of a lossless code.
+        between models of this project and is no upper bound on the bits of a lossless code. NaN of a Bernoulli, which
+        is no density over grey levels.
     effective_sample_size: (Σ w)² / Σ w², from 1 to K.
     num_samples: K.
     p_value: how usual an image is among images like those that the model was trained on, from 1/(N + 1) for one that is
@@ -63,14 +64,20 @@ class Scores:
         if not 0 < rate < 1:
             raise InvalidArgument(f"rate: found {rate}; expected a share between 0 and 1, as 0.05")
         if len(self) and np.isnan(self.p_value).all():
-            raise InvalidArgument("odd: found no p-values, as the model has no calibration; see `covae calibrate`")
+            raise InvalidArgument(
+                "odd: found no p-values: the model has no calibration (see `covae calibrate`), or its density has no "
+                "whitened residuals"
+            )
         return false_discoveries(self.p_value, rate)
 
 
-def summarise(log_weights: NDArray[np.float64], image_size: int, *, exact: bool = False) -> Scores:
+def summarise(
+    log_weights: NDArray[np.float64], image_size: int, *, exact: bool = False, of_bytes: bool = True
+) -> Scores:
     """Scores from log importance weights, (N, K) float64, of images of `image_size` = H·W·C numbers.
 
-    exact: the one weight is the likelihood itself, so the bound has no error.
+    exact: the one weight is the likelihood itself, so the bound has no error. of_bytes: the density is one over grey
+    levels, so that there are bits of it.
     """
     count = log_weights.shape[1]
     largest = log_weights.max(axis=1, keepdims=True)
@@ -83,7 +90,7 @@ def summarise(log_weights: NDArray[np.float64], image_size: int, *, exact: bool 
         log_likelihood_bound=bound,
         standard_error=np.zeros(len(bound)) if exact else _standard_error(weights, effective),
         elbo=log_weights.mean(axis=1),
-        bits_per_dim=-(bound - image_size * log(255)) / (image_size * log(2)),
+        bits_per_dim=-(bound - image_size * log(255)) / (image_size * log(2)) if of_bytes else bound * np.nan,
         effective_sample_size=effective,
         num_samples=count,
         p_value=np.full(len(bound), np.nan),

@@ -59,8 +59,17 @@ STATUS_ERRORS: Mapping[str, tuple[type[ServerError], str]] = {
     "PERMISSION_DENIED": (AccessDenied, "credentials go in Client(headers=…)"),
     "UNAUTHENTICATED": (AccessDenied, "credentials go in Client(headers=…)"),
 }
+# gRPC's words where certificates do not fit, or one side speaks TLS and the other does not.
+SIGNS = {
+    "CERTIFICATE_VERIFY_FAILED": "do you trust its authority? Tls(root_certificates=…), or COVAE_TLS_CA",
+    "handshake": "does it ask for TLS, or for a certificate? Client(tls=…), or COVAE_TLS_CA",
+    "Socket closed": "does it ask for TLS, or for a certificate? Client(tls=…), or COVAE_TLS_CA",
+}
 # Triton's words where a token or key is missing; its status is UNAVAILABLE.
 RESTRICTED = "protocol is restricted"
+KEY_ADVICE = (
+    "the server asks for a key, another one if one was sent: its token goes in Client(token=…) or COVAE_TOKEN_FILE"
+)
 OTHER_STATUS: tuple[type[ServerError], str] = (ServerFault, "the server's log says more")
 
 
@@ -327,21 +336,31 @@ class Transport:
             self._connected = True
 
     def _wait_until_live(self) -> None:
-        deadline = time.monotonic() + self._timeout.connect_s
+        deadline, reason = time.monotonic() + self._timeout.connect_s, "it is not live"
         while True:
-            reason = "it is not live"
             try:
                 if self._attempt("connect", self._triton.is_server_live, deadline - time.monotonic()):
                     return
             except (ConnectionFailed, DeadlineExceeded) as error:
                 # The status table's advice is about requests; here the server's own words are enough.
                 cause: Any = error.__cause__
-                reason = cause.message() if cause else str(error)
+                reason = telling(reason, cause.message() if cause else str(error))
             if time.monotonic() + CONNECT_POLL_S >= deadline or self._closed.wait(CONNECT_POLL_S):
                 raise ConnectionFailed(
                     f"{self.address}: no server answered within {self._timeout.connect_s} s: start one with "
                     f"`covae serve`, or give another address ({reason})"
                 )
+
+
+def telling(before: str, now: str) -> str:
+    """Of two reasons why there is no connection the one that says more: of a name with several addresses one may have
+    nobody, which says nothing of the other."""
+    for sign, advice in SIGNS.items():
+        if sign in now:
+            return f"{now}; {advice}"
+        if sign in before:
+            return before
+    return now
 
 
 def empty_results(endpoint: Endpoint, rows: int) -> dict[str, NDArray[Any]]:
@@ -379,10 +398,7 @@ def translated(address: str, action: str, error: Any) -> ServerError:
     status = str(error.status()).removeprefix("StatusCode.")
     kind, next_step = STATUS_ERRORS.get(status, OTHER_STATUS)
     if RESTRICTED in str(error.message()):
-        kind, next_step = (
-            AccessDenied,
-            "the server asks for a key: its token goes in Client(token=…) or COVAE_TOKEN_FILE",
-        )
+        kind, next_step = AccessDenied, KEY_ADVICE
     return kind(f"{action}: {address} says {status}: {error.message()} ({next_step})")
 
 

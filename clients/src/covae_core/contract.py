@@ -42,6 +42,8 @@ LATENT_STREAMS: Mapping[str, tuple[Stream, Stream]] = {
     "latent": (Stream.LATENT, Stream.POSTERIOR),
     "pose": (Stream.POSE, Stream.POSE_POSTERIOR),
 }
+# The kind of density that is none over grey levels.
+BERNOULLI = "bernoulli"
 COLOURS = {1: "grey", 3: "rgb"}
 
 # Triton's dtype names beside NumPy's.
