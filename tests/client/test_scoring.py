@@ -83,5 +83,8 @@ def test_a_score_that_is_of_no_density_over_bytes_has_no_bits(weights, capsys):
     scores = summarise(weights, SIZE, of_bytes=False)
     assert np.isnan(scores.bits_per_dim).all()
     np.testing.assert_array_equal(scores.elbo, summarise(weights, SIZE).elbo)
-    print_scores([FileScore("a.png", log_likelihood_bound=-80.0, elbo=-90.0, effective_sample_size=50.0)])
-    assert "compares with other Bernoullis alone" in capsys.readouterr().out.replace("\n", " ")
+    names = ("log_likelihood_bound", "standard_error", "elbo", "bits_per_dim", "effective_sample_size")
+    print_scores([FileScore("a.png", **{name: float(getattr(scores, name)[0]) for name in names})])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "compares with other Bernoullis alone" in said
+    assert "nan" not in said

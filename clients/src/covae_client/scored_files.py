@@ -228,7 +228,7 @@ def print_scores(rows: Sequence[FileScore], *, top: int | None = None, rate: flo
     if len(scored) > 1 and scored[0].p_value is not None:
         _print_odd(scored, rate, console, listed=len(scored) > SCREENFUL or top is not None)
     if scored[0].p_value is None:
-        console.print(NO_CALIBRATION if scored[0].bits_per_dim is not None else NO_BYTES, soft_wrap=True)
+        console.print(NO_CALIBRATION if isfinite(scored[0].bits_per_dim or 0.0) else NO_BYTES, soft_wrap=True)
 
 
 def _print_table(rows: Sequence[FileScore], console: Console) -> None:
@@ -242,7 +242,8 @@ def _print_table(rows: Sequence[FileScore], console: Console) -> None:
     table.columns[0].overflow = "fold"
     table.columns[0].min_width = 12
     for row in rows:
-        values = {name: f"{getattr(row, name):.{digits[name]}f}" for name in shown}
+        numbers = {name: getattr(row, name) for name in shown}
+        values = {name: f"{value:.{digits[name]}f}" if value == value else "–" for name, value in numbers.items()}
         if not isfinite(row.standard_error or 0.0):
             values["standard_error"] = "–"
             table.caption = FEW_WEIGHTS
