@@ -5,9 +5,10 @@ import socket
 
 import pytest
 
-# A shell starts its background jobs with SIGINT ignored, and their children inherit that: the tests' processes would
-# not hear the interrupts that the tests send them.
+# A shell starts its background jobs with SIGINT ignored, and `nohup` its with SIGHUP, and their children inherit that:
+# the tests' processes would not hear the signals that the tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -21,7 +21,7 @@ from covae_serving.regions import SHARED_MEMORY, backend_folders
 from covae_serving.service import Service
 from covae_serving.stubs import find_stubs
 
-from .conftest import COVAE, FAMILY, sized
+from .conftest import COVAE, FAMILY, SOAK, sized
 
 pytestmark = pytest.mark.slow
 SHARD = 100
@@ -96,7 +96,7 @@ def test_a_job_under_kills_has_the_bytes_of_one_without(kept, tmp_path, record, 
     wanted = sized(7, 50)
     generator = random.Random(4)
     wire = Wire(int(kept.address.rpartition(":")[2]))
-    total = SHARD * wanted * 12
+    total = SHARD * wanted * sized(30, 12)
     with Service(repository, operations=["sample"], grpc_port=0, metrics_port=0) as quiet:
         batch.generate(FAMILY, count=total, out=tmp_path / "whole", shard_size=SHARD, server=quiet.grpc_address).run()
     words = ["generate", FAMILY, "--count", total, "--out", tmp_path / "job", "--shard-size", SHARD]
@@ -162,22 +162,26 @@ def test_a_job_under_kills_has_the_bytes_of_one_without(kept, tmp_path, record, 
     different = [name for name in whole if found.get(name) != whole[name]]
     record(kills=dict(done), images=total, shards_that_differ=len(different) + len(found.keys() - whole.keys()))
     assert (different, found.keys()) == ([], whole.keys())
-    assert sum(done.values()) >= wanted - 2
+    assert sum(done.values()) >= sized(3, wanted - 2)  # a fast machine ends the small job before the last
     assert not list((tmp_path / "job" / ".aside").iterdir())
 
 
-def traces() -> set[str]:
+def traces(pids: set[int]) -> set[str]:
+    """What services of these processes have left; of Triton's own folders nobody can tell whose they are, so they count
+    in the soak alone, which has the machine to itself."""
     places = (SHARED_MEMORY, Path(tempfile.gettempdir()))
-    return {str(path) for place in places for path in place.glob("covae-*-*")} | set(map(str, backend_folders()))
+    own = {str(path) for pid in pids for place in places for path in place.glob(f"covae-{pid}-*")}
+    return own | (set(map(str, backend_folders())) if SOAK else set())
 
 
 def test_restarts_leave_nothing_behind(repository, record, free_port):
     restarts = sized(3, 100)
-    before = traces()
+    before, pids = traces(set()), set()
     command = [COVAE, "serve", "--repository", repository, "--operations", "sample", "--metrics-port", "0"]
     command += ["--port", str(free_port)]
     for number in range(restarts):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+            pids.add(service.pid)
             assert service.stdout.readline().startswith("gRPC")
             with Client(f"127.0.0.1:{free_port}") as client:
                 assert client.model(FAMILY).sample(1).shape == (1, 8, 8, 1)
@@ -185,7 +189,7 @@ def test_restarts_leave_nothing_behind(repository, record, free_port):
             killed = number % 2 == 0 and number < restarts - 1
             service.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
             service.wait(60)
-    left = traces() - before
-    processes = [stub for stub in find_stubs("covae-") if stub.model_name == f"{FAMILY}_sample"]
+    left = traces(pids) - before
+    processes = [stub for pid in pids for stub in find_stubs(f"covae-{pid}-")]
     record(restarts=restarts, left=len(left), processes=len(processes))
     assert (left, processes) == (set(), [])
