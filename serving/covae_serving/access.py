@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ GUARDED = ("inference", "model-config", "metadata")
 SYSTEM_AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 SHORTEST_TOKEN = 16
 OWN_CERTIFICATE_DAYS = 3650
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ServingError(f"{error.filename}: cannot be read ({error.strerror}); put it back") from error
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Access:
                 "--tls-cert and --tls-key, or --insecure where a gateway or a private network keeps others out"
             )
 
+    @_readable()
     def arguments(self, folder: Path, opened: Sequence[str] = ()) -> list[str]:
         """Triton's. folder: the service's own, to write to; opened: protocols that need no key of the service's, and so
         the token, if there is one.
@@ -84,12 +94,6 @@ class Access:
         Raises:
             ServingError: a file cannot be read any more.
         """
-        try:
-            return self._arguments(folder, opened)
-        except OSError as error:
-            raise ServingError(f"{error.filename}: cannot be read ({error.strerror}); put it back") from error
-
-    def _arguments(self, folder: Path, opened: Sequence[str]) -> list[str]:
         found: list[str] = []
         if self.certificate and self.key:
             found += ["--grpc-use-ssl=true", f"--grpc-server-cert={_safe(self.certificate, folder, 'server.pem')}"]
@@ -109,15 +113,17 @@ class Access:
         """What the supervisor's own calls send."""
         return ((TOKEN_HEADER, self._token()),) if self.token_file else ()
 
+    @_readable()
     def channel(self, address: str, folder: Path, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
-        """The supervisor's own, which trusts the server's chain, and has a certificate that this server alone takes."""
+        """The supervisor's own, which trusts the server's chain, and has a certificate that this server alone takes.
+
+        Raises:
+            ServingError: a file cannot be read any more.
+        """
         if self.certificate is None:
             return grpc.insecure_channel(address, options=options)
         authorities = (SYSTEM_AUTHORITIES, self.certificate, self.client_authority)
-        try:
-            roots = b"\n".join(path.read_bytes() for path in authorities if path is not None and path.is_file())
-        except OSError as error:
-            raise ServingError(f"{error.filename}: cannot be read ({error.strerror}); put it back") from error
+        roots = b"\n".join(path.read_bytes() for path in authorities if path is not None and path.is_file())
         own, key = _own_certificate(folder) if self.client_authority else (None, None)
         name = ("grpc.ssl_target_name_override", _server_name(self.certificate))
         return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots, key, own), options=[*options, name])

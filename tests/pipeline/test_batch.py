@@ -23,7 +23,9 @@ from pyarrow import parquet
 
 from covae_client import batch
 from covae_client.batch.engine import Cancelled, JobError
+from covae_client.batch.inputs import Inputs
 from covae_client.batch.store import Store, StoreError
+from covae_client.batch.work import check_model, make
 from covae_client.errors import InvalidArgument, NotFound
 from covae_core.images import encode_png
 
@@ -382,6 +384,23 @@ def test_rows_that_are_whole_but_not_the_models_are_found_by_making_them_again(m
     code, out, err = Running(["verify", tmp_path, "--discard", "--regenerate", 2, "--server", server]).end()
     assert code == 1, (out, err)
     assert len(shards_in(tmp_path)) == 2  # it is whole: another processor may have made it
+
+
+def test_another_export_of_the_model_ends_a_job_and_rejects_no_picture(model, client, server, tmp_path):
+    pictures = model.sample(3)
+    (tmp_path / "in").mkdir()
+    for number, image in enumerate(pictures):
+        Image.fromarray(image[:, :, 0]).save(tmp_path / "in" / f"{number}.png")
+    job = batch.score(model.name, inputs=[str(tmp_path / "in")], out=tmp_path / "out", num_samples=4, server=server)
+    changed = client.model(model.name)
+    changed._endpoints = {
+        name: replace(endpoint, model_digest="0" * 64) for name, endpoint in changed._endpoints.items()
+    }
+    with pytest.raises(JobError, match=r"this server has .*nothing of it was written"):
+        make(job.specification, changed, Inputs(job.specification.inputs), 0, lambda: None)
+    other = replace(job.specification, model_digest="0" * 64)
+    with pytest.raises(JobError, match="the server now has another export of it"):
+        check_model(other, model.spec)
 
 
 def test_another_training_run_is_refused_and_nothing_is_written(model, server, tmp_path):

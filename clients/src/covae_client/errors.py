@@ -9,8 +9,8 @@ CovaeError                   everything Covae raises on purpose, on either side 
     ├── DeadlineExceeded     the server did not answer within the timeout
     ├── NotFound             the server has no such model or operation
     ├── InvalidRequest       the server refused a request's contents
+    ├── ModelChanged         the server now has another export of the model than the one that was opened
     └── ServerFault          the server failed while it did the work
-        └── ModelChanged     the server now has another export of the model than the one that was opened
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ class ServerFault(ServerError):
     """The server failed while it did the work."""
 
 
-class ModelChanged(ServerFault):
+class ModelChanged(ServerError):
     """The server now has another export of the model than the one that was opened; nothing of it was computed."""

@@ -14,7 +14,7 @@ from covae_client.errors import ConnectionFailed, InvalidArgument, ModelChanged,
 Result = TypeVar("Result")
 
 # A model whose process died answers INTERNAL, then NOT_FOUND while its supervisor loads it anew.
-ASKED_AGAIN = (ConnectionFailed, ServerFault, NotFound)
+ASKED_AGAIN = (ConnectionFailed, ServerFault, NotFound, ModelChanged)
 # Attempts of a request that the server answers with a failure of its own.
 FAULTS = 7
 # Attempts of one that a server refuses as it has another export of the model, where there are several servers: another

@@ -242,8 +242,7 @@ def _print_table(rows: Sequence[FileScore], console: Console) -> None:
     table.columns[0].overflow = "fold"
     table.columns[0].min_width = 12
     for row in rows:
-        numbers = {name: getattr(row, name) for name in shown}
-        values = {name: f"{value:.{digits[name]}f}" if value == value else "–" for name, value in numbers.items()}
+        values = {name: _shown(getattr(row, name), digits[name]) for name in shown}
         if not isfinite(row.standard_error or 0.0):
             values["standard_error"] = "–"
             table.caption = FEW_WEIGHTS
@@ -253,6 +252,10 @@ def _print_table(rows: Sequence[FileScore], console: Console) -> None:
         # Text, because a file's name may look like markup.
         table.add_row(Text(row.file), p_value, where, *values.values(), *spot)
     console.print(table)
+
+
+def _shown(value: float, places: int) -> str:
+    return "–" if np.isnan(value) else f"{value:.{places}f}"
 
 
 def _print_summary(rows: Sequence[FileScore], console: Console) -> None:
@@ -265,7 +268,7 @@ def _print_summary(rows: Sequence[FileScore], console: Console) -> None:
     for label, share in (("least", 0), ("5 %", 5), ("median", 50), ("95 %", 95), ("most", 100)):
         found = np.percentile(values, share, axis=0)
         digits = zip(found, (4, 2, 2, 4, 1), strict=True)
-        table.add_row(label, *("–" if np.isnan(value) else f"{value:.{places}f}" for value, places in digits))
+        table.add_row(label, *(_shown(value, places) for value, places in digits))
     console.print(table)
     console.print(
         "--top N shows the first N, --sort picks their order; --csv and --json have every file", soft_wrap=True

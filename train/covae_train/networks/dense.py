@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from covae_core.errors import InvalidArgument
@@ -79,8 +80,6 @@ def refuse_absurd(family: str, shape: ImageShape, build: Callable[[], nn.Module]
     Raises:
         InvalidArgument: they would have more than MOST_PARAMETERS numbers.
     """
-    import torch
-
     with torch.device("meta"):
         count = parameter_count(build())
     if count > MOST_PARAMETERS:

@@ -50,6 +50,9 @@ class Cancelled(JobError):
     """Someone cancelled it."""
 
 
+NOT_WRITTEN = "nothing of it was written. Serve the job's model and resume, or make a new job"
+
+
 def check_model(job: Specification, spec: ModelSpec) -> None:
     """See that a served model is the job's: other graphs of the same training run may round otherwise.
 
@@ -63,7 +66,7 @@ def check_model(job: Specification, spec: ModelSpec) -> None:
         if found != wanted:
             raise JobError(
                 f"{job.model}: the server now has another {what} of it ({found[:12]}…, the job's is {wanted[:12]}…); "
-                "nothing of it was written. Serve the job's model and resume, or make a new job"
+                + NOT_WRITTEN
             )
 
 
@@ -97,9 +100,7 @@ def make(job: Specification, model: Model, inputs: Inputs | None, shard: int, ch
             return _scored(job, model, inputs, job.rows(shard), check)
         return _edited(job, model, inputs, job.rows(shard), check)
     except ModelChanged as error:
-        raise JobError(
-            f"{job.model}: {error}; nothing of it was written. Serve the job's model and resume, or make a new job"
-        ) from error
+        raise JobError(f"{job.model}: {error}; {NOT_WRITTEN}") from error
 
 
 def _blocks(rows: range, size: int, check: Check) -> Iterator[range]:
@@ -162,8 +163,6 @@ def _scored_singly(
         return
     try:
         yield from zip(images, list(_scores(job, model, np.stack(list(images.values())))), strict=True)
-    except ModelChanged:  # that is no picture's fault
-        raise
     except (ServerFault, InvalidRequest) as error:
         if len(images) == 1:
             yield next(iter(images)), error
@@ -193,8 +192,6 @@ def _edited(job: Specification, model: Model, inputs: Inputs, rows: range, check
                 result = model.condition(
                     latent, mask, pixels, softness=softness, seed=job.options["noise_seed"], start=start + first
                 )
-        except ModelChanged:
-            raise
         except (ImageFileError, ServerFault, InvalidRequest) as error:  # of this edit
             found.rejects += [_reject(index, name, error) for index in inside]
             continue
