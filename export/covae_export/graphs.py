@@ -85,6 +85,7 @@ def _described(run: TrainedRun, score_samples: int, draw_samples: int) -> ModelS
         run_digest=run.digest,
         data=run.config.data,
         calibration=run.calibration,
+        warp=model.warp_spec,
     )
 
 

@@ -96,9 +96,11 @@ def verification_inputs(model: ImageModel, spec: ModelSpec, operation: Operation
 def _drawn(model: ImageModel, spec: ModelSpec, rows: int) -> dict[str, Tensor]:
     """Samples and their latents, by the names that `sample` gives them."""
     sample = OPERATIONS["sample"]
-    seeds = torch.arange(rows).reshape(-1, 1)
+    given = {"latent_seed": torch.arange(rows).reshape(-1, 1)}
+    given |= {"noise_seed": given["latent_seed"], "pose_spread": torch.ones(rows, 1)}
+    given |= {"pose_centre": torch.zeros(rows, *spec.latents.get("pose", ()))}
     reference = build_reference(sample, model, spec)
-    found = reference(*[seeds for _ in reference.names])
+    found = reference(*[given[name] for name in reference.names])
     return {tensor.name: value.contiguous() for tensor, value in zip(sample.outputs(spec), found, strict=True)}
 
 

@@ -24,6 +24,8 @@ from covae_core.contract import NUMPY_DTYPES, ModelSpec, served_name
 from covae_core.noise import Stream, standard_normal, uniform
 from covae_core.operations import OPERATIONS
 
+# Of a model without a pose.
+UNPOSED = tuple(name for name, item in OPERATIONS.items() if "align" not in item.needs)
 SPEC = ModelSpec(
     family="sos-vae",
     image_shape=(6, 5, 3),
@@ -33,7 +35,7 @@ SPEC = ModelSpec(
     density="low-rank-normal",
     density_parameters={"mean": (3, 6, 5), "factor": (2, 3, 6, 5), "variance": (3, 6, 5)},
     scoring_parameters={},
-    operations=tuple(OPERATIONS),
+    operations=UNPOSED,
     score_samples=8,
     draw_samples=3,
     run_id="run-1",
@@ -47,7 +49,7 @@ MAX_BATCH = 8
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Serves one model `toy`; `faults` are statuses that the next inferences fail with in order, None for an answer."""
 
-    def __init__(self, spec=SPEC, operations=tuple(OPERATIONS)):
+    def __init__(self, spec=SPEC, operations=UNPOSED):
         self.spec = spec
         self.operations = {served_name("toy", operation): operation for operation in operations}
         self.digests = {}

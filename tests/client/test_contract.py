@@ -7,6 +7,7 @@ import pytest
 from covae_core.contract import NUMPY_DTYPES, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, Operation, register, split_served_name
+from covae_core.warp import WarpSpec
 
 SPEC = ModelSpec(
     family="spatial-mvn",
@@ -23,8 +24,11 @@ SPEC = ModelSpec(
     run_id="a run, “quoted”",
     run_digest="ff00",
     data="toy",
+    warp=WarpSpec("affine", (0.0,) * 5 + (0.25,), ((0.1, 0.0, 0.5, 0.0, 1.0, 0.0),) * 6, (1 / 3,) * 6),
 )
-ALONE = replace(SPEC, latents={}, posteriors={}, priors={}, operations=("sample", "draw", "condition", "score"))
+ALONE = replace(
+    SPEC, latents={}, posteriors={}, priors={}, warp=None, operations=("sample", "draw", "condition", "score")
+)
 
 
 @pytest.mark.parametrize("spec", [SPEC, ALONE])

@@ -68,6 +68,8 @@ def test_export_agrees_with_torch_and_offers_what_the_model_can_do(name, exporte
     wanted = set(OPERATIONS) if run.model.latents else {"sample", "draw", "condition", "score", "surprise"}
     if describe(run, 4, 3).density == "bernoulli":  # its pixels tell nothing of each other
         wanted -= {"condition", "surprise"}
+    if run.model.warp_spec is None:
+        wanted -= {"align"}
     assert offered == wanted
     assert offered == {path.name.rpartition("_")[2] for path in exported[0].glob(f"{name}_*")}
 
@@ -82,6 +84,61 @@ def test_sample(model, run):
         expected = run.model.density(torch_latents(latents, model), 7).sample_rows(seeds)
     # A value next to ½ may round the other way.
     assert np.abs(levels(expected) - images).max() <= 1
+
+
+def test_a_pose_is_drawn_or_given(model, run):
+    if model.spec.warp is None:
+        with pytest.raises(InvalidArgument, match="pose"):
+            model.sample(2, pose="identity")
+        return
+    plain, latents = model.sample_with_latents(5, seed=3)
+    with torch.no_grad():
+        average = run.model.posteriors(torch.from_numpy(channels_first(to_unit(levels_of_training(run)))))["pose"].mean
+    for pose, wanted in {
+        "identity": np.zeros((5, 6)),
+        "average": np.broadcast_to(run.model.pose(average.mean(0)[None]).detach().numpy(), (5, 6)),
+    }.items():
+        images, found = model.sample_with_latents(5, seed=3, pose=pose)
+        np.testing.assert_allclose(model.spec.warp.numbers(found["pose"]), wanted, atol=1e-5)
+        np.testing.assert_array_equal(found["latent"], latents["latent"])
+        here = model.latents(5, seed=3, pose=pose)
+        np.testing.assert_allclose(here["pose"], found["pose"], atol=1e-5)
+        np.testing.assert_array_equal(model.sample(2, seed=3, start=3, pose=pose), images[3:])
+    # The images of given poses are those of the poses that were drawn.
+    np.testing.assert_array_equal(model.sample(5, seed=3, pose=latents["pose"]), plain)
+    np.testing.assert_array_equal(model.sample(5, seed=3, pose="prior"), plain)
+    for bad, message in (("upright", "'upright'"), (np.zeros((3, 6)), "3 rows"), (np.zeros(5), "shape")):
+        with pytest.raises(InvalidArgument, match=f"pose: found .*{message}|pose: found {message}"):
+            model.sample(5, pose=bad)
+
+
+def levels_of_training(run):
+    from covae_train.data import images_of
+
+    return channels_last(images_of(run.config).train.numpy())
+
+
+def test_a_pose_is_undone_and_done_again(model, run, pictures):
+    if model.spec.warp is None:
+        with pytest.raises(InvalidArgument, match="has no pose that is a warp"):
+            model.align(pictures)
+        return
+    found = model.align(pictures)
+    units = torch.from_numpy(channels_first(to_unit(pictures)))
+    with torch.no_grad():
+        pose = run.model.posteriors(units)["pose"].mean
+        upright = run.model.upright(units, pose)
+    np.testing.assert_allclose(found.pose, pose, rtol=TOLERANCE, atol=TOLERANCE)
+    assert np.abs(levels(upright).astype(int) - found.images).max() <= 1
+    one = model.align(pictures[4])
+    np.testing.assert_array_equal(one.images, found.images[4])
+    np.testing.assert_array_equal(one.pose, found.pose[4])
+    latents = model.latents(1, seed=2)
+    turned = model.spec.warp.turned(latents["pose"][0], np.linspace(-0.4, 0.4, 5))
+    shown = model.repose(latents["latent"][0], turned)
+    wanted = model.decode({"latent": latents["latent"][0], "pose": turned}).mean
+    np.testing.assert_array_equal(shown, levels(torch.from_numpy(wanted)))
+    np.testing.assert_array_equal(model.repose(rows_of(latents, 0), turned[1]), shown[1])
 
 
 def test_decode_and_draw(model, run):

@@ -33,7 +33,7 @@ def expected(network, latents):
 
 
 def test_all_operations_are_served(model, runs):
-    assert set(model.operations) == set(OPERATIONS)
+    assert set(model.operations) == {name for name, item in OPERATIONS.items() if "align" not in item.needs}
     assert model.spec.run_digest == runs[model.name].digest
 
 

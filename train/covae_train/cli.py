@@ -239,7 +239,7 @@ def fit_with_progress(trainer: Trainer) -> None:
     from rich.table import Column
 
     from covae_train.calibration import CALIBRATION_FILE
-    from covae_train.training import StepReport
+    from covae_train.training import Restart, StepReport
 
     console = Console()
     if trainer.finished:
@@ -275,7 +275,11 @@ def fit_with_progress(trainer: Trainer) -> None:
             if not console.is_terminal and (done or report.step % (every * trainer.steps_per_epoch) == 0):
                 console.print(f"{description}  {terms}", soft_wrap=True)
 
-        trainer.fit(show)
+        def tell(restart: Restart) -> None:
+            then = "no restart is left" if restart.seed is None else f"begun again with seed {restart.seed}"
+            console.print(f"[yellow]warning:[/] epoch {restart.epoch}: {restart.why}; {then}", soft_wrap=True)
+
+        trainer.fit(show, tell)
     what = f"trained for {_epochs(trainer.epochs)}" if trainer.epochs else "fitted"
     console.print(f"{trainer.folder}: {what} in {trainer.seconds:,.0f} s")
     if target and kls and abs(sum(kls) / len(kls) - target) > KL_SLACK * target:

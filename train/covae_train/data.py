@@ -9,13 +9,14 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import pi
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from covae_core.errors import ImageFileError
 from covae_core.images import EXTENSIONS, fit_image, list_images, open_image
@@ -33,6 +34,8 @@ SPLIT_FOLDERS |= {"validation": "validation"}
 # Beside test.parquet, images that are odd in a way that data's users care for.
 ODD_FILE = "infected.parquet"
 IMAGE_COLUMNS = ("image", "img")
+# Before a data set's name: its images turned at random, always by the same angles.
+ROTATED, ROTATION_SEED, ROTATED_AT_ONCE = "rotated-", 20, 4096
 GREY_MODES = ("1", "L", "LA", "I", "I;16")
 # So many names of what is left out are told; the rest is counted.
 TOLD_NAMES = 3
@@ -122,10 +125,11 @@ def load_images(
     """Read a data set whole.
 
     Args:
-        data: `digits`, a name in SOURCES, a folder of images or a parquet file. With COVAE_DATA set, names are looked
-            up as `$COVAE_DATA/NAME/{train,validation,test}.parquet` before the hub is asked. Of a folder, subfolders
-            named `train` and `test`, `val` or `validation`, in small letters or large, are the splits; without a
-            `train`, all images belong together.
+        data: `digits`, a name in SOURCES, a folder of images or a parquet file; with `rotated-` before it, each image
+            turned about its middle by an angle of its own, evenly over the circle. With COVAE_DATA set, names are
+            looked up as `$COVAE_DATA/NAME/{train,validation,test}.parquet` before the hub is asked. Of a folder,
+            subfolders named `train` and `test`, `val` or `validation`, in small letters or large, are the splits;
+            without a `train`, all images belong together.
         image_size: (H, W) to cut and resize every image to (shorter side scaled, centre cropped); by default the
             images' own size, or the source's.
         channels: 1 (grey) or 3 (RGB); by default 1 if every image is grey.
@@ -139,7 +143,9 @@ def load_images(
     """
     if image_size is not None:
         _checked(image_size, "image_size")
-    if data == "digits":
+    if data.startswith(ROTATED):
+        images = _rotated(load_images(data.removeprefix(ROTATED), image_size, channels, column=column))
+    elif data == "digits":
         _refuse_column(data, column)
         images = _fit_digits(image_size, channels)
     else:
@@ -150,6 +156,46 @@ def load_images(
         images = _read(data, splits, image_size, channels, source.flips if source else False)
     kept, back = _set_aside(data, images.train, aside)
     return replace(images, train=kept[:limit], limit=limit, column=column, aside=back)
+
+
+def rotation_angles(count: int, split: int) -> Tensor:
+    """By how much the images of a rotated data set are turned, counter-clockwise, in radians: (N,) from −π to π.
+
+    split: 0 for the training images, 1 for those held out, 2 for validation.
+    """
+    angles = np.random.default_rng([ROTATION_SEED, split]).uniform(-pi, pi, count)
+    return torch.from_numpy(angles)
+
+
+def rotated(images: Tensor, angles: Tensor) -> Tensor:
+    """Images turned about their middles, read between four pixels, black beyond the border.
+
+    images: (N, C, H, W) uint8; angles: (N,) counter-clockwise, in radians
+    """
+    found = []
+    pieces = (torch.split(values, ROTATED_AT_ONCE) for values in (images, angles.float()))
+    for some, turns in zip(*pieces, strict=True):
+        height, width = some.shape[2:]
+        cos, sin, none = turns.cos(), turns.sin(), torch.zeros_like(turns)
+        # Grids run from −1 to 1 along either side, whatever its length.
+        tall = (height - 1) / max(width - 1, 1)
+        rows = [torch.stack([cos, -sin * tall, none], 1), torch.stack([sin / tall, cos, none], 1)]
+        grid = nn.functional.affine_grid(torch.stack(rows, 1), list(some.shape), align_corners=True)
+        found.append(nn.functional.grid_sample(some.float(), grid, align_corners=True).round().byte())
+    return torch.cat(found)
+
+
+def _rotated(data: ImageData) -> ImageData:
+    def turned(images: Tensor, split: int) -> Tensor:
+        return rotated(images, rotation_angles(len(images), split))
+
+    return replace(
+        data,
+        name=f"{ROTATED}{data.name}",
+        train=turned(data.train, 0),
+        held_out=turned(data.held_out, 1),
+        validation=None if data.validation is None else turned(data.validation, 2),
+    )
 
 
 def _set_aside(data: str, images: Tensor, aside: int | None) -> tuple[Tensor, Tensor | None]:
@@ -187,6 +233,7 @@ def labels_of(
     """
     height, width, channels = image_shape
     images = load_images(data, (height, width), channels, column=column)
+    data = data.removeprefix(ROTATED)
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -325,7 +372,10 @@ def _splits(data: str, source: Source | None, column: str | None) -> dict[str, S
     if path.is_file() and path.suffix == ".parquet":
         return {"train": _parquet(path, column)}
     names = ", ".join(["digits", *SOURCES])
-    raise DataError(f"--data: found {data!r}; expected one of {names}, a folder of images, or a parquet file")
+    raise DataError(
+        f"--data: found {data!r}; expected one of {names}, a folder of images, or a parquet file; each may have "
+        f"{ROTATED!r} before it"
+    )
 
 
 def _folder(path: Path) -> dict[str, Split]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import covae_train.torch_backend  # noqa: F401 - lets the densities take tensors
 from covae_core.densities import Density, DiagonalNormal
 from covae_core.errors import Unsupported
+from covae_core.warp import WarpSpec
 from covae_train.posteriors import NormalPosterior
 from covae_train.priors import Prior, StandardNormal
 
@@ -38,6 +39,7 @@ class ImageModel(nn.Module, ABC):
     """
 
     encodes = False
+    warp_spec: WarpSpec | None = None
 
     def __init__(self, latents: Mapping[str, tuple[int, ...]], priors: Mapping[str, Prior] | None = None) -> None:
         super().__init__()
@@ -71,6 +73,14 @@ class ImageModel(nn.Module, ABC):
             Unsupported: the model has no encoder.
         """
         raise Unsupported(f"posteriors: a {type(self).__name__} has no encoder")
+
+    def upright(self, images: Tensor, pose: Tensor) -> Tensor:
+        """Images (B, C, H, W) with their poses (B, k) undone.
+
+        Raises:
+            Unsupported: the model has no pose that is a warp.
+        """
+        raise Unsupported(f"upright: a {type(self).__name__} has no warp")
 
     @abstractmethod
     def density(self, latents: Mapping[str, Tensor], rows: int | None = None) -> Density:

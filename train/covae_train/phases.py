@@ -25,6 +25,8 @@ class TrainingImages(Protocol):
         """All images once, in their order, (B, C, H, W) in [0, 1] each."""
 
 
+# The share of a phase after which it should have got somewhere.
+CHECKED_FROM = 0.25
 Begin = Callable[[Any, TrainingImages], None]
 
 
@@ -36,6 +38,8 @@ class Phase:
     is. learning_rate: Adam's; decay: the share of it that half a cosine leaves. loss: what is descended. trains: the
     parameters that learn; None: all. clip: the largest norm of a gradient, per number of an image. begin: what happens
     before its first step, without gradients. usable: whether a model in this phase may be evaluated and exported.
+    collapsed: what is wrong with a training that has ended up in a bad local minimum, looked for without gradients
+    after each epoch once CHECKED_FROM of the phase is done; a training that has is begun again (option `restarts`).
     """
 
     name: str
@@ -47,6 +51,7 @@ class Phase:
     usable: bool = True
     decay: float = 1.0
     clip: float | None = None
+    collapsed: Callable[[Any, TrainingImages], str | None] | None = None
 
     def rate(self, progress: float) -> float:
         """The learning rate once a share `progress` of the phase's steps is done."""

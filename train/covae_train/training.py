@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -28,7 +28,7 @@ from covae_train.data import ImageData, in_units
 from covae_train.errors import CheckpointError, DataError, TrainingError
 from covae_train.families import build_model, find_family
 from covae_train.objective import Batch, Multipliers, Terms
-from covae_train.phases import PlannedPhase, plan
+from covae_train.phases import CHECKED_FROM, PlannedPhase, plan
 from covae_train.records import Records
 from covae_train.run import (
     CHECKPOINT_FILE,
@@ -49,8 +49,10 @@ CHECKPOINT_STEPS = 500
 FIT_BATCH = 256
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 # Channels last is the faster layout. But fed fewer channels than this, torch's strided 1×1 convolutions then write past
-# their buffers in the backward pass (oneDNN issue 6035): wrong gradients, or a crash.
+# their buffers in the backward pass (oneDNN issue 6035): wrong gradients, or a crash. A transposed convolution to so
+# few from a kernel of this size, a dense decoder's last layer, takes a hundred times as long.
 MIN_CHANNELS_LAST = 16
+LARGE_KERNEL = 16
 # Options that only prolong a run: a longer one continues it.
 PROLONGING = ("epochs",)
 
@@ -75,6 +77,17 @@ class StepReport:
         values = {name: float(getattr(self, name)) for name in names}
         multipliers = {f"multiplier_{name}": value for name, value in self.multipliers.items()}
         return values | {"phase": float(phase_index)} | multipliers
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A training that collapsed: at what step of it, in which epoch, and why; seed: that of the one begun instead, None
+    if there is none left."""
+
+    step: int
+    epoch: int
+    why: str
+    seed: int | None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -112,29 +125,40 @@ class Trainer:
         self.config, self.data, self.folder = config, data, folder
         self.device, self.checkpoint_steps = torch.device(device), checkpoint_steps
         use_threads(threads)
-        torch.manual_seed(config.seed)
+        self.restarts: list[Restart] = []
+        self._start_afresh()
         family = find_family(config.family)
-        model = build_model(config).to(self.device)
-        self.layout = torch.contiguous_format if is_narrow(model) else torch.channels_last
-        self.model = model.to(memory_format=self.layout)  # type: ignore[call-overload]
-        held = family.constraints(config)
-        self.multipliers = Multipliers(held.items, held.damping, held.momentum).to(self.device)
-        self.adam = torch.optim.Adam(self.model.parameters()) if list(self.model.parameters()) else None
-        duals = list(self.multipliers.parameters())
-        self.dual = torch.optim.SGD(duals, lr=held.learning_rate, maximize=True) if duals else None
-        self.random = torch.Generator().manual_seed(config.seed)
         self.batch_size = min(getattr(config.options, "batch_size", FIT_BATCH), len(data.train))
         self.steps_per_epoch = len(data.train) // self.batch_size
         self.phases = list(family.phases(config))
         self.plan = plan(self.phases, self.steps_per_epoch)
         self.total_steps = self.plan[-1].stop
         self.epochs = sum(phase.epochs for phase in self.phases)
-        self.step, self.seconds, self.saved_step = 0, 0.0, -1
+        self.seconds, self.saved_step = 0.0, -1
         self.extended_from: int | None = None
-        self._begun: list[str] = []
-        self._entered: str | None = None
         self._data_digest = data.digest
         self._open_folder()
+
+    @property
+    def seed(self) -> int:
+        """Of the training that is at work: the configuration's, or a later one's after restarts."""
+        return next((item.seed for item in reversed(self.restarts) if item.seed is not None), self.config.seed)
+
+    def _start_afresh(self) -> None:
+        """An untrained model at step 0, of the seed."""
+        torch.manual_seed(self.seed)
+        model = build_model(self.config).to(self.device)
+        self.layout = torch.contiguous_format if is_narrow(model) else torch.channels_last
+        self.model = model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        held = find_family(self.config.family).constraints(self.config)
+        self.multipliers = Multipliers(held.items, held.damping, held.momentum).to(self.device)
+        self.adam = torch.optim.Adam(self.model.parameters()) if list(self.model.parameters()) else None
+        duals = list(self.multipliers.parameters())
+        self.dual = torch.optim.SGD(duals, lr=held.learning_rate, maximize=True) if duals else None
+        self.random = torch.Generator().manual_seed(self.seed)
+        self.step = 0
+        self._begun: list[str] = []
+        self._entered: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -146,21 +170,33 @@ class Trainer:
         """The phase of the next step, or the last one."""
         return next((item for item in self.plan if self.step < item.stop), self.plan[-1])
 
-    def fit(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
+    def fit(
+        self,
+        on_step: Callable[[StepReport], None] = lambda report: None,
+        on_restart: Callable[[Restart], None] = lambda restart: None,
+    ) -> None:
         """Train to the end, from wherever the run stands; SIGINT and SIGTERM save and stop.
+
+        A training that collapses is begun again with the next seed, as often as the family's option `restarts` says;
+        on_restart is told, and told as well where none is left. The rows of the records are those of the last one.
 
         Raises:
             TrainingError: a loss is not finite; the last good checkpoint stays.
             CheckpointError: another training is at work in the folder.
             Interrupted: a signal came; the checkpoint is up to date.
         """
+        with alone_in(self.folder), _stop_requests() as stop:
+            while not self._fit_once(stop, on_step, on_restart):
+                pass
+            self.save()
+
+    def _fit_once(
+        self, stop: threading.Event, on_step: Callable[[StepReport], None], on_restart: Callable[[Restart], None]
+    ) -> bool:
+        """Train to the end, or until the training is begun again; whether it was to the end."""
         empty = StepReport(0, 0, "", 0, 0, 0, 0, 0, dict.fromkeys(self.multipliers.values, 0.0))
         columns = list(empty.row(0))
-        with (
-            alone_in(self.folder),
-            Records(self.folder / METRICS_FILE, self.folder / "tensorboard", columns, self.step) as records,
-            _stop_requests() as stop,
-        ):
+        with Records(self.folder / METRICS_FILE, self.folder / "tensorboard", columns, self.step) as records:
             while not self.finished:
                 self._begin_what_is_due()
                 for batch in self._batches_left_in_epoch():
@@ -171,18 +207,42 @@ class Trainer:
                     if self.step % self.checkpoint_steps == 0:
                         self.save()
                     on_step(report)
+                    restart = self._collapse()
+                    if restart is not None:
+                        self.restarts.append(restart)
+                        if restart.seed is not None:
+                            self._start_afresh()
+                        self.save()
+                        on_restart(restart)
+                        if restart.seed is not None:
+                            return False
                     if stop.is_set():
                         if self.saved_step < self.step:
                             self.save()
                         raise Interrupted(f"stopped at step {self.step}; the same command resumes from {self.folder}")
                 self._begin_what_is_due()
-            self.save()
+        return True
+
+    @torch.no_grad()
+    def _collapse(self) -> Restart | None:
+        """What is to be done about a training that has collapsed, looked for at the end of an epoch."""
+        if self.step % self.steps_per_epoch or (self.restarts and self.restarts[-1].seed is None):
+            return None
+        trained = next(item for item in self.plan if item.start < self.step <= item.stop)
+        if trained.phase.collapsed is None or self.step < trained.start + CHECKED_FROM * (trained.stop - trained.start):
+            return None
+        self.model.eval()
+        why = trained.phase.collapsed(self.model, _TrainingImages(self))
+        if why is None:
+            return None
+        left = len(self.restarts) < getattr(self.config.options, "restarts", 0)
+        return Restart(self.step, self.step // self.steps_per_epoch, why, self.seed + 1 if left else None)
 
     def _batches_left_in_epoch(self) -> Iterator[Tensor]:
         if self.step >= self.total_steps:
             return
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.data.train), generator=shuffle)
         for index in range(done, self.steps_per_epoch):
             rows = order[index * self.batch_size : (index + 1) * self.batch_size]
@@ -212,7 +272,7 @@ class Trainer:
         assert planned.phase.loss is not None
         assert self.adam is not None
         # What a layer draws by itself, as dropout does, depends on the step alone: a resumed run draws the same.
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
         try:
             self.model.train()
             terms = planned.phase.loss(self.model, batch)
@@ -338,6 +398,7 @@ class Trainer:
             "seconds": self.seconds,
             "steps_per_epoch": self.steps_per_epoch,
             "data_digest": self._data_digest,
+            "restarts": [asdict(item) for item in self.restarts],
         }
         save_checkpoint(self.folder, Checkpoint(tensors, state))
         self.saved_step = self.step
@@ -356,6 +417,7 @@ class Trainer:
             self.random.set_state(checkpoint.tensors["random"])
             self.step = self.saved_step = operator.index(state["step"])
             self.seconds, self._begun = float(state["seconds"]), [str(key) for key in state["begun"]]
+            self.restarts = [Restart(**item) for item in state.get("restarts", ())]
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{self.folder / CHECKPOINT_FILE}: it does not fit {CONFIG_FILE}: {error}") from error
 
@@ -394,8 +456,14 @@ class _TrainingImages:
 
 
 def is_narrow(model: nn.Module) -> bool:
-    """Whether a convolution inside the network has fewer channels than MIN_CHANNELS_LAST."""
-    inside = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)]
+    """Whether a convolution inside the network, or a transposed one with a large kernel, has fewer channels than
+    MIN_CHANNELS_LAST."""
+    inside = [
+        module
+        for module in model.modules()
+        if (isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1))
+        or (isinstance(module, nn.ConvTranspose2d) and max(module.kernel_size) >= LARGE_KERNEL)
+    ]
     return min((module.out_channels for module in inside), default=0) < MIN_CHANNELS_LAST
 
 

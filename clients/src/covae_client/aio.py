@@ -18,7 +18,7 @@ from covae_client.client import DEFAULT_ADDRESS, checked_settings
 from covae_client.errors import ConnectionFailed, DeadlineExceeded, InvalidArgument, ServerError
 from covae_client.metrics import Requests
 from covae_client.model import BeyondReach, ModelBase, beyond_reach, least_softness
-from covae_client.plans import REACH, Call, Conditioned, Surprised
+from covae_client.plans import REACH, Aligned, Call, Conditioned, Surprised
 from covae_client.retry import ASKED_AGAIN, Attempts, Budget, Retry, Timeout
 from covae_client.scoring import Scores, judged
 from covae_client.transport import (
@@ -41,6 +41,7 @@ from covae_client.transport import (
     translated,
 )
 from covae_core.contract import ModelSpec, Priority
+from covae_core.warp import PRIOR
 
 if TYPE_CHECKING:
     from covae_core.densities import Density
@@ -111,10 +112,13 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         seed: int = 0,
         noise_seed: int | None = None,
         start: int = 0,
+        pose: Any = PRIOR,
         progress: Progress | None = None,
     ) -> NDArray[np.uint8]:
         """As Model.sample."""
-        found = await self.sample_with_latents(n, seed=seed, noise_seed=noise_seed, start=start, progress=progress)
+        found = await self.sample_with_latents(
+            n, seed=seed, noise_seed=noise_seed, start=start, pose=pose, progress=progress
+        )
         return found[0]
 
     async def sample_with_latents(
@@ -124,10 +128,11 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         seed: int = 0,
         noise_seed: int | None = None,
         start: int = 0,
+        pose: Any = PRIOR,
         progress: Progress | None = None,
     ) -> tuple[NDArray[np.uint8], Any]:
         """As Model.sample_with_latents."""
-        return await self._do(self._plans.sample(n, seed, noise_seed, start), progress)
+        return await self._do(self._plans.sample(n, seed, noise_seed, start, pose), progress)
 
     async def decode(
         self, latent: Any, *, scoring: bool = False, half: bool = False, progress: Progress | None = None
@@ -187,6 +192,14 @@ class AsyncModel(ModelBase["AsyncTransport"]):
         if self.spec.calibration is None:
             return scores
         return judged(scores, self.spec.calibration, await self._do(self._plans.parts(images), None))
+
+    async def align(self, images: Any, *, progress: Progress | None = None) -> Aligned:
+        """As Model.align."""
+        return await self._do(self._plans.align(images), progress)
+
+    async def repose(self, latent: Any, pose: Any, *, progress: Progress | None = None) -> NDArray[np.uint8]:
+        """As Model.repose."""
+        return await self._do(self._plans.repose(latent, pose), progress)
 
     async def surprise(self, images: Any, *, mask: Any = None, progress: Progress | None = None) -> Surprised:
         """As Model.surprise."""

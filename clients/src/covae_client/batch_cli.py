@@ -47,6 +47,7 @@ Engine = Annotated[str, typer.Option("--engine", help="local, or ray: the shards
 PlanOnly = Annotated[bool, typer.Option("--plan-only", help="Write the job down and leave it to workers.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same images.")]
 NumSamples = Annotated[int, typer.Option("--num-samples", help="Importance weights of a score.")]
+Pose = Annotated[str, typer.Option("--pose", help="prior, identity or average: as of `covae sample`.")]
 DEFAULT_SERVER = "localhost:8001"
 
 
@@ -57,6 +58,7 @@ def generate(
     out: Out,
     seed: Seed = 0,
     noise_seed: Annotated[int | None, typer.Option("--noise-seed", help="Other samples of the same latents.")] = None,
+    pose: Pose = "prior",
     score: Annotated[bool, typer.Option("--score", help="Write each image's scores beside it.")] = False,
     num_samples: NumSamples = 100,
     shard_size: ShardSize = 1000,
@@ -77,6 +79,7 @@ def generate(
         out=out,
         seed=seed,
         noise_seed=noise_seed,
+        pose=pose,
         score=score,
         num_samples=num_samples,
         shard_size=shard_size,
@@ -138,6 +141,7 @@ def edit(
     samples: Annotated[int, typer.Option("--samples", help="Images drawn of each edit.")] = 2,
     seed: Annotated[int, typer.Option("--seed", help="The edited image is one of `covae sample` with this seed …")] = 0,
     index: Annotated[int, typer.Option("--index", help="… and of this number.")] = 0,
+    pose: Pose = "prior",
     noise_seed: Annotated[
         int | None, typer.Option("--noise-seed", help="Of the drawn images; by default --seed.")
     ] = None,
@@ -161,6 +165,7 @@ def edit(
         samples=samples,
         seed=seed,
         index=index,
+        pose=pose,
         noise_seed=noise_seed,
         softness=softness,
         shard_size=shard_size,

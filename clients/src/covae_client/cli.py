@@ -181,6 +181,10 @@ MetricsPort = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.", show_default=True)]
+Pose = Annotated[
+    str,
+    typer.Option("--pose", help="Of a model that has one: drawn from its prior, the identity, or training's average."),
+]
 
 
 @app.command()
@@ -192,6 +196,7 @@ def sample(
     noise_seed: Annotated[
         int | None, typer.Option("--noise-seed", help="Draw other samples from the same latents.")
     ] = None,
+    pose: Pose = "prior",
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder for 0000.png, 0001.png, …", show_default="samples")
     ] = None,
@@ -221,6 +226,7 @@ def sample(
             out=folder,
             grid=grid,
             overwrite=overwrite,
+            pose=pose,
         )
     typer.echo(f"{commands.counted(number, 'image')}: {place}")
 
@@ -238,6 +244,7 @@ def edit(
         int, typer.Option("--seed", "--latent-seed", help="The edited image is one of `covae sample` with this seed.")
     ] = 0,
     index: Annotated[int, typer.Option("--index", help="Which of them: 0 is 0000.png.")] = 0,
+    pose: Pose = "prior",
     image: Annotated[
         Path | None,
         typer.Option("--image", help="Edit this picture instead: its latent is the encoder's mean."),
@@ -271,6 +278,7 @@ def edit(
             noise_seed=seed if noise_seed is None else noise_seed,
             softness=softness,
             out=out,
+            pose=pose,
         )
     typer.echo(f"mean.png and {commands.counted(samples, 'sample')}: {edited.folder}")
     if edited.advice:

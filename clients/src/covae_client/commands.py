@@ -23,6 +23,7 @@ from covae_client.model import BeyondReach, Conditioned, Model
 from covae_client.retry import Timeout
 from covae_core.files import check_writable, write_text, writing
 from covae_core.images import EXTENSIONS, contact_sheet, encode_png, load_edit
+from covae_core.warp import PRIOR
 
 # Images held in memory at a time.
 BLOCK = 256
@@ -59,6 +60,7 @@ def sample(
     out: Path,
     grid: Path | None,
     overwrite: bool = False,
+    pose: str = PRIOR,
 ) -> Path:
     """Write `number` samples into the folder `out`, or as one picture `grid`; returns where they are.
 
@@ -81,13 +83,19 @@ def sample(
             "noise_seed": noise_seed,
             "start": start,
             "number": number,
+            "pose": pose,
         }
         _make_room(out, manifest, overwrite)
     kept: list[NDArray[np.uint8]] = []
     with progress_bar("sample", number) as report:
         for offset, count in blocks(number):
             images = model.sample(
-                count, seed=seed, noise_seed=noise_seed, start=start + offset, progress=shifted(report, offset)
+                count,
+                seed=seed,
+                noise_seed=noise_seed,
+                start=start + offset,
+                pose=pose,
+                progress=shifted(report, offset),
             )
             if grid is None:
                 for index, image in enumerate(images, start + offset):
@@ -127,13 +135,14 @@ def edit(
     noise_seed: int,
     softness: float,
     out: Path,
+    pose: str = PRIOR,
 ) -> Edited:
     """Condition a model's image on an edit; writes mean.png and sample-K.png into `out`."""
     integer("--samples", samples, 1, MAX_EDIT_SAMPLES)
     integer("--index", index, 0, MAX_INDEX)
     mask, pixels = load_edit(edit_file, model.spec.image_shape)
     check_writable(out / "mean.png")
-    latent = _latent_of(model, seed, index, image)
+    latent = _latent_of(model, seed, index, image, pose)
     softnesses = np.full(samples, softness, np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BeyondReach)  # said in this command's own words
@@ -144,7 +153,7 @@ def edit(
     return Edited(out, _advice(model, latent, mask, pixels, result))
 
 
-def _latent_of(model: Model, seed: int, index: int, image: Path | None) -> Any:
+def _latent_of(model: Model, seed: int, index: int, image: Path | None, pose: str) -> Any:
     """What is edited: `latent_of` a seed, or the encoder's mean of a picture."""
     if not model.spec.latents:
         if image is not None:
@@ -153,14 +162,14 @@ def _latent_of(model: Model, seed: int, index: int, image: Path | None) -> Any:
     if image is not None:
         found = model.encode(image)
         return {name: item.mean for name, item in found.items()} if isinstance(found, dict) else found.mean
-    return latent_of(model, seed, index)
+    return latent_of(model, seed, index, pose)
 
 
-def latent_of(model: Model, seed: int, index: int) -> Any:
-    """One of the seed's latents; None for a model without any, which is one density."""
+def latent_of(model: Model, seed: int, index: int, pose: str = PRIOR) -> Any:
+    """One of the seed's latents, as Model.latents takes a pose; None for a model without any, which is one density."""
     if not model.spec.latents:
         return None
-    drawn = model.latents(1, seed=seed, start=index)
+    drawn = model.latents(1, seed=seed, start=index, pose=pose)
     return {name: item[0] for name, item in drawn.items()} if isinstance(drawn, dict) else drawn[0]
 
 

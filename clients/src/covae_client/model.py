@@ -11,16 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covae_client.catalogue import find_endpoint, find_spec, not_served
-from covae_client.plans import REACH, Call, Conditioned, Plans, Posterior, Surprised
+from covae_client.plans import REACH, Aligned, Call, Conditioned, Plans, Posterior, Surprised
 from covae_client.scoring import Scores, judged
 from covae_client.transport import Endpoint, Inputs, Progress, Steps
 from covae_core.contract import ModelSpec
 from covae_core.operations import OPERATIONS
+from covae_core.warp import PRIOR
 
 if TYPE_CHECKING:
     from covae_core.densities import Density
 
-__all__ = ["BeyondReach", "Conditioned", "Model", "Posterior"]
+__all__ = ["Aligned", "BeyondReach", "Conditioned", "Model", "Posterior"]
 
 Result = TypeVar("Result")
 # Softness is sought up to this many times the range of pixels, by so many halvings.
@@ -74,12 +75,12 @@ class ModelBase(Generic[AnyTransport]):
         """The operations that the server was seen to serve of this model."""
         return tuple(operation for operation in OPERATIONS if operation in self._endpoints)
 
-    def latents(self, n: int, *, seed: int = 0, start: int = 0) -> Any:
+    def latents(self, n: int, *, seed: int = 0, start: int = 0, pose: Any = PRIOR) -> Any:
         """The latents of the images that `sample` draws, made here, without the server: (n, …latent_shape), N(0, I).
 
         They agree with `sample_with_latents` up to the last bits of log and cos.
         """
-        return self._plans.latents(n, seed, start)
+        return self._plans.latents(n, seed, start, pose)
 
     def _ask_for(self, operation: str) -> Steps[Endpoint]:
         """An operation that was not there when the model was opened: it may have been loading, or healing."""
@@ -113,14 +114,18 @@ class Model(ModelBase[Transport]):
         seed: int = 0,
         noise_seed: int | None = None,
         start: int = 0,
+        pose: Any = PRIOR,
         progress: Progress | None = None,
     ) -> NDArray[np.uint8]:
         """Draw n images. Image i depends on seed and start + i alone: longer batches begin with shorter ones.
 
-        With another noise_seed (default: seed), the same latents give other samples of their densities.
+        With another noise_seed (default: seed), the same latents give other samples of their densities. pose, of a
+        model that has one: drawn from its `prior`, the `identity` (where the prior reaches it), the training images'
+        `average`, or an array (k,) or (n, k); see `ModelSpec.warp`.
         Seeds: 0 … 2³¹ - 1; start + n ≤ 2³². Returns (n, H, W, C) uint8; `covae_client.to_pil` makes pictures of them.
         """
-        return self.sample_with_latents(n, seed=seed, noise_seed=noise_seed, start=start, progress=progress)[0]
+        found = self.sample_with_latents(n, seed=seed, noise_seed=noise_seed, start=start, pose=pose, progress=progress)
+        return found[0]
 
     def sample_with_latents(
         self,
@@ -129,10 +134,11 @@ class Model(ModelBase[Transport]):
         seed: int = 0,
         noise_seed: int | None = None,
         start: int = 0,
+        pose: Any = PRIOR,
         progress: Progress | None = None,
     ) -> tuple[NDArray[np.uint8], Any]:
         """The images of `sample`, (n, H, W, C) uint8, and the latents they come from, (n, …latent_shape) float32."""
-        return self._do(self._plans.sample(n, seed, noise_seed, start), progress)
+        return self._do(self._plans.sample(n, seed, noise_seed, start, pose), progress)
 
     def decode(
         self, latent: Any, *, scoring: bool = False, half: bool = False, progress: Progress | None = None
@@ -231,6 +237,21 @@ class Model(ModelBase[Transport]):
         if self.spec.calibration is None:
             return scores
         return judged(scores, self.spec.calibration, self._do(self._plans.parts(images), None))
+
+    def align(self, images: Any, *, progress: Progress | None = None) -> Aligned:
+        """Each image with its pose undone, and that pose: the mean of its posterior.
+
+        images: (N, H, W, C) or (H, W, C) uint8, paths or pictures. `spec.warp.angle(pose)` is how far each was turned.
+        """
+        return self._do(self._plans.align(images), progress)
+
+    def repose(self, latent: Any, pose: Any, *, progress: Progress | None = None) -> NDArray[np.uint8]:
+        """The mean image of a latent in a pose: as it is decoded, upright, and then warped.
+
+        latent: (L,) or (N, L), or latents by name, whose own pose is left aside; pose: (k,) or (N, k), as
+        `spec.warp.turned` makes them. Returns (N, H, W, C) uint8, without N if both came without.
+        """
+        return self._do(self._plans.repose(latent, pose), progress)
 
     def surprise(self, images: Any, *, mask: Any = None, progress: Progress | None = None) -> Surprised:
         """Where images are odd: the whitened residual of each, and what it comes to; see `Surprised`.

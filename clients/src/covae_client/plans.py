@@ -20,6 +20,7 @@ from covae_core.contract import BERNOULLI, LATENT_STREAMS, ModelSpec
 from covae_core.noise import row_seeds, standard_normal
 from covae_core.operations import OPERATIONS
 from covae_core.surprise import spots
+from covae_core.warp import AVERAGE, PRIOR, WarpSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,6 +89,16 @@ class Conditioned(NamedTuple):
         return bool(np.all(self.tail >= REACH))
 
 
+class Aligned(NamedTuple):
+    """What `align` gives, of N images: each with its pose undone, and that pose, its posterior's mean.
+
+    images: (N, H, W, C) uint8; pose: (N, k) float32, see `ModelSpec.warp`. Both without N if the images came without.
+    """
+
+    images: NDArray[np.uint8]
+    pose: NDArray[np.float32]
+
+
 class Surprised(NamedTuple):
     """What `surprise` gives, of N images, each against the density of its own posterior's mean.
 
@@ -111,26 +122,35 @@ class Plans:
     def __init__(self, name: str, spec: ModelSpec) -> None:
         self.name, self.spec = name, spec
 
-    def sample(self, n: int, seed: int, noise_seed: int | None, start: int) -> Call[tuple[NDArray[np.uint8], Any]]:
+    def sample(
+        self, n: int, seed: int, noise_seed: int | None, start: int, pose: Any = PRIOR
+    ) -> Call[tuple[NDArray[np.uint8], Any]]:
         """Images and the latents that they come from."""
         indices = self._indices(n, start)
         latent_seeds = row_seeds(arguments.seed("seed", seed), indices)
         noise_seeds = latent_seeds
         if noise_seed is not None:
             noise_seeds = row_seeds(arguments.seed("noise_seed", noise_seed), indices)
-        arrays = {"latent_seed": latent_seeds[:, None], "noise_seed": noise_seeds[:, None]}
+        arrays: dict[str, NDArray[Any]] = {"latent_seed": latent_seeds[:, None], "noise_seed": noise_seeds[:, None]}
         if not self.spec.latents:
             del arrays["latent_seed"]
+        spread, centre = self._pose(pose, n)
+        if "pose" in self.spec.latents:
+            arrays |= {"pose_spread": np.full((n, 1), spread, np.float32), "pose_centre": centre}
 
         def finish(result: dict[str, NDArray[Any]]) -> tuple[NDArray[np.uint8], Any]:
             return result.pop("image"), self._one_or_all(result)
 
         return Call("sample", _rows_of(arrays), n, finish)
 
-    def latents(self, n: int, seed: int, start: int) -> Any:
+    def latents(self, n: int, seed: int, start: int, pose: Any = PRIOR) -> Any:
         """The latents of the images that `sample` draws; no call is needed."""
         self._require_latents()
-        learned = [name for name, kind in self.spec.priors.items() if kind != "standard-normal"]
+        spread, centre = self._pose(pose, n)
+        if self.spec.priors.get("pose") == "point" and self.spec.warp is not None and spread:
+            spread, centre = 0.0, np.broadcast_to(self.spec.warp.named(AVERAGE), centre.shape)
+        drawn_here = {name: kind for name, kind in self.spec.priors.items() if spread or name != "pose"}
+        learned = [name for name, kind in drawn_here.items() if kind != "standard-normal"]
         if learned:
             raise InvalidArgument(
                 f"{self.name}: the prior of {learned[0]} is {self.spec.priors[learned[0]]}, which only the server "
@@ -141,7 +161,52 @@ class Plans:
             name: standard_normal(seeds, prod(shape), LATENT_STREAMS[name][0]).reshape(n, *shape)
             for name, shape in self.spec.latents.items()
         }
+        if "pose" in drawn:
+            drawn["pose"] = np.float32(spread) * drawn["pose"] + centre
         return self._one_or_all(drawn)
+
+    def _pose(self, pose: Any, n: int) -> tuple[float, NDArray[np.float32]]:
+        """What a pose drawn from its prior is multiplied by, and then moved by, (n, k)."""
+        shape = self.spec.latents.get("pose")
+        if isinstance(pose, str) and pose == PRIOR:
+            return 1.0, np.zeros((n, *(shape or ())), np.float32)
+        if shape is None:
+            raise InvalidArgument(f"pose: found {pose!r}; {self.name} has no pose: leave it out")
+        if isinstance(pose, str):
+            pose = self._warp().named(pose)
+        rows, _ = arguments.rows("pose", pose, shape, np.float32)
+        if len(rows) not in (1, n):
+            raise InvalidArgument(f"pose: found {len(rows)} rows; expected one, or one for each of {n} images")
+        return 0.0, np.broadcast_to(rows, (n, *shape))
+
+    def _warp(self) -> WarpSpec:
+        if self.spec.warp is None:
+            raise InvalidArgument(f"{self.name}: a {self.spec.family} has no pose that is a warp of the image")
+        return self.spec.warp
+
+    def align(self, images: Any) -> Call[Aligned]:
+        """Images with their poses undone."""
+        self._warp()
+        arrays, single = self._images("images", images)
+
+        def finish(result: dict[str, NDArray[Any]]) -> Aligned:
+            found = Aligned(result["upright"], result["pose"])
+            return Aligned(*(part[0] for part in found)) if single else found
+
+        return Call("align", _rows_of({"image": arrays}), len(arrays), finish)
+
+    def repose(self, latent: Any, pose: Any) -> Call[NDArray[np.uint8]]:
+        """The means at latents, each in a pose of its own."""
+        self._warp()
+        given = latent if isinstance(latent, Mapping) else {"latent": latent}
+        call = self.decode({**given, "pose": pose}, scoring=False)
+
+        def finish(result: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
+            from covae_core.images import channels_last, to_uint8
+
+            return to_uint8(channels_last(call.finish(result).mean))
+
+        return Call(call.operation, call.inputs, call.rows, finish, outputs=call.outputs)
 
     def decode(self, latent: Any, scoring: bool, half: bool = False) -> Call[Density]:
         """The density of a latent, or of each of N; to draw with, or to score with."""

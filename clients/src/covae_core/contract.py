@@ -21,6 +21,7 @@ import numpy as np
 from covae_core.calibration import Calibration
 from covae_core.errors import InvalidArgument
 from covae_core.noise import NOISE_VERSION, Stream
+from covae_core.warp import WarpSpec
 
 CONTRACT_VERSION = 2
 PLATFORM_BACKEND = "onnxruntime"
@@ -95,7 +96,7 @@ class ModelSpec:
     run_digest: the training run, and the SHA-256 of its configuration, checkpoint and calibration. model_digest: what
     was exported of it, the SHA-256 of all of this and of every operation's graph: the same digest, the same answers.
     data: the name of what it was trained on. calibration: the scores of unseen images; None if the run was not
-    calibrated.
+    calibrated. warp: what the latent `pose` stands for; None where it is no warp, or there is none.
     """
 
     family: str
@@ -114,6 +115,7 @@ class ModelSpec:
     data: str
     model_digest: str = ""
     calibration: Calibration | None = None
+    warp: WarpSpec | None = None
     value_range: tuple[float, float] = (0.0, 1.0)
     noise_version: int = NOISE_VERSION
     contract_version: int = CONTRACT_VERSION
@@ -144,6 +146,7 @@ class ModelSpec:
         """The `parameters` of a `config.pbtxt`: every field as JSON text, and the colour for whoever reads it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {"calibration": self.calibration and self.calibration.to_json(), "colour": self.colour}
+        values["warp"] = self.warp and self.warp.to_json()
         return {name: json.dumps(value) for name, value in values.items()}
 
     @classmethod
@@ -180,11 +183,13 @@ class ModelSpec:
                 values[name] = _shapes(values[name])
             if values["calibration"] is not None:
                 values["calibration"] = Calibration.from_json(values["calibration"])
+            if values["warp"] is not None:
+                values["warp"] = WarpSpec.from_json(values["warp"])
             values["posteriors"] = {name: _shapes(shapes) for name, shapes in values["posteriors"].items()}
             return cls(**values)
         except InvalidArgument:
             raise
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise InvalidArgument(f"the model's config parameters are malformed: {error}; export it again") from error
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from covae_core.backends import Array
 from covae_core.densities import Density
+from covae_core.warp import WarpSpec
 
 
 class Posterior(Protocol):
@@ -53,7 +54,7 @@ class Model(Protocol):
     """A density over images given latents by name, and posteriors of the latents given an image.
 
     latents: each latent's shape by name; {} for a model that is a density alone, {"latent": …}, or also "pose".
-    encodes: whether it has posteriors.
+    encodes: whether it has posteriors. warp_spec: what the latent `pose` stands for, if it is a warp of the image.
     """
 
     @property
@@ -65,6 +66,12 @@ class Model(Protocol):
     @property
     def dtype(self) -> Any:
         """The dtype that the network computes in."""
+
+    @property
+    def warp_spec(self) -> WarpSpec | None: ...
+
+    def upright(self, images: Array, pose: Array) -> Array:
+        """Images (B, C, H, W) with their poses (B, k) undone."""
 
     def posteriors(self, images: Array) -> Mapping[str, Posterior]:
         """q(z|x) of each latent for images (B, C, H, W) in [0, 1]."""

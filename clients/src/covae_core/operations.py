@@ -51,6 +51,7 @@ def abilities(model: Model, density: Density) -> frozenset[str]:
         "condition": isinstance(density, Conditionable),
         "whiten": isinstance(density, Whitening),
         "score": model.encodes or not model.latents,
+        "align": model.encodes and model.warp_spec is not None,
     }
     return frozenset(name for name, able in found.items() if able)
 
@@ -70,13 +71,18 @@ def to_uint8(images: Array) -> Array:
     return xp.permute_dims(scaled, (*before, last - 2, last - 1, last - 3))
 
 
-def draw_latents(model: Model, seeds: Array) -> dict[str, Array]:
-    """Each latent from its prior. seeds: (B, 1) int64"""
+def draw_latents(model: Model, seeds: Array, pose: tuple[Array, Array] | None = None) -> dict[str, Array]:
+    """Each latent from its prior; pose: what its latent is multiplied by, and then moved by, (B, 1) and (B, k).
+
+    seeds: (B, 1) int64
+    """
     backend = backend_of(seeds)
     latents = {}
     for name, shape in model.latents.items():
         noise = backend.standard_normal(seeds.reshape(-1), prod(shape), LATENT_STREAMS[name][0], model.dtype)
         latents[name] = model.prior(name).draw(noise.reshape(-1, *shape))
+    if pose is not None:
+        latents["pose"] = pose[0] * latents["pose"] + pose[1]
     return latents
 
 
@@ -112,7 +118,8 @@ def _encode(model: Model, spec: ModelSpec, inputs: Arrays) -> Arrays:
 
 def _sample(model: Model, spec: ModelSpec, inputs: Arrays) -> Arrays:
     seeds = inputs["noise_seed"].reshape(-1)
-    latents = draw_latents(model, inputs["latent_seed"]) if spec.latents else {}
+    pose = (inputs["pose_spread"], inputs["pose_centre"]) if "pose" in spec.latents else None
+    latents = draw_latents(model, inputs["latent_seed"], pose) if spec.latents else {}
     image = to_uint8(model.density(latents, seeds.shape[0]).sample_rows(seeds))
     return {"image": image, **latents}
 
@@ -151,6 +158,12 @@ def _surprise(model: Model, spec: ModelSpec, inputs: Arrays) -> Arrays:
     xp = backend_of(found.surprise).xp
     parts = {name: value[:, None] for name, value in found._asdict().items() if name != "surprise"}
     return {"surprise": xp.astype(found.surprise, xp.float32), **parts}
+
+
+def _align(model: Model, spec: ModelSpec, inputs: Arrays) -> Arrays:
+    images = to_unit(inputs["image"], model.dtype)
+    pose = model.posteriors(images)["pose"].mean
+    return {"upright": to_uint8(model.upright(images, pose)), "pose": pose}
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -194,6 +207,13 @@ def _latent_seed(spec: ModelSpec) -> Tensors:
     return (TensorSpec("latent_seed", *SEED),) if spec.latents else ()
 
 
+def _pose(spec: ModelSpec) -> Tensors:
+    """Of a pose drawn from its prior, what it is multiplied by and then moved by: 1 and 0 for the prior's own."""
+    if "pose" not in spec.latents:
+        return ()
+    return (TensorSpec("pose_spread", "FP32", (1,)), TensorSpec("pose_centre", "FP32", spec.latents["pose"]))
+
+
 def _weights(spec: ModelSpec) -> Tensors:
     names = ("log_weight", "log_likelihood", "log_prior", "log_posterior", "distance")
     return tuple(TensorSpec(name, "FP64", (spec.score_samples,)) for name in names)
@@ -231,7 +251,7 @@ register(
         "sample",
         "an image drawn from the model, and the latents that it was drawn at",
         frozenset(),
-        lambda spec: (*_latent_seed(spec), TensorSpec("noise_seed", *SEED)),
+        lambda spec: (*_latent_seed(spec), *_pose(spec), TensorSpec("noise_seed", *SEED)),
         lambda spec: (spec.image(), *spec.latent_tensors()),
         _sample,
     )
@@ -285,5 +305,15 @@ register(
         ),
         _surprise,
         exact=True,
+    )
+)
+register(
+    Operation(
+        "align",
+        "an image with its pose undone, and that pose: its posterior's mean",
+        frozenset({"align"}),
+        lambda spec: (spec.image(),),
+        lambda spec: (spec.image("upright"), *(tensor for tensor in spec.latent_tensors() if tensor.name == "pose")),
+        _align,
     )
 )

@@ -17,7 +17,7 @@ register(
     Family(
         "tvae-affine5",
         "the same with a pose of rotation, scales and shift",
-        posed.PosedOptions,
+        posed.TurnedOptions,
         build,
         posed.phases,
         posed.defaults,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log, pi, sqrt
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from covae_core.densities import Bernoulli, Density
 from covae_core.errors import InvalidArgument
+from covae_core.importance import repeat_rows
+from covae_core.warp import WarpSpec
 from covae_train.config import ImageShape, RunConfig, TrainedOptions
 from covae_train.image_model import DensityHead, Vae
-from covae_train.networks import dense
-from covae_train.networks.spatial import TanhHead
+from covae_train.networks import dense, spatial
 from covae_train.networks.warps import Warp
 from covae_train.objective import negative_bound
 from covae_train.phases import Phase, TrainingImages
@@ -25,6 +27,10 @@ from covae_train.priors import Point, StandardNormal
 FIRST_SCALE = 0.1
 # Units of the layer that estimates a pose which is then undone.
 LOCALISATION = 128
+# A latent that says less than this, in nats an image, says nothing; an upright image is read from an area of its own
+# size, and no VAE that is worth having reads it from one so much smaller or larger.
+LEAST_KL, MOST_ZOOM = 0.1, 6.0
+CHECKED_IMAGES = 500
 
 
 class BernoulliHead(DensityHead):
@@ -36,7 +42,7 @@ class BernoulliHead(DensityHead):
 
 def head_of(density: str) -> DensityHead:
     """The head of a kind of density over images that a decoder yields in [−1, 1]."""
-    return BernoulliHead() if density == Bernoulli.kind else TanhHead(None, learned=True)
+    return BernoulliHead() if density == Bernoulli.kind else spatial.TanhHead(None, learned=True)
 
 
 DensityName = Literal["bernoulli", "diagonal-normal"]
@@ -46,8 +52,13 @@ class PosedOptions(TrainedOptions):
     """Of the four families with a pose."""
 
     latent_size: PositiveInt = Field(description="length of the latent beside the pose")
+    network: Literal["dense", "spatial"] = Field(
+        "dense", description="hidden layers of --hidden units as in the thesis, or the spatial VAEs' convolutions"
+    )
     hidden: tuple[PositiveInt, ...] = Field(
-        (256, 256), min_length=1, description="units of the encoder's hidden layers; the decoder's are these backwards"
+        (256, 256),
+        min_length=1,
+        description="units of a dense encoder's hidden layers; the decoder's are these backwards",
     )
     density: DensityName = Field("bernoulli", description="of pixels: bernoulli as in the thesis, or diagonal-normal")
     pose_prior: Literal["none", "identity", "fitted", "full"] = Field(
@@ -56,6 +67,18 @@ class PosedOptions(TrainedOptions):
         "covariance of rank --pose-rank; none makes the pose a function of the image, and samples have the average one",
     )
     pose_rank: PositiveInt | None = Field(None, description="k of a full prior; as many as the pose has numbers")
+    restarts: NonNegativeInt = Field(
+        3, description="how often a training that collapsed is begun again, with another seed"
+    )
+
+
+class TurnedOptions(PosedOptions):
+    """Of a family whose pose has an angle."""
+
+    orientations: PositiveInt = Field(
+        1,
+        description="angles, evenly over the circle, at each of which an image's pose is sought; the best one is kept",
+    )
 
 
 class PosePrior(nn.Module):
@@ -66,9 +89,11 @@ class PosePrior(nn.Module):
     """
 
     shift: Tensor
+    average: Tensor
 
     def __init__(self, degrees: int, kind: str, rank: int) -> None:
         super().__init__()
+        self.register_buffer("average", torch.zeros(rank if kind == "full" else degrees))
         if kind in ("none", "identity"):
             self.register_buffer("shift", torch.zeros(degrees))
         else:
@@ -86,27 +111,35 @@ class PosePrior(nn.Module):
             return FIRST_SCALE * u
         return self.shift + self.log_scales.exp() * u
 
+    def matrix(self) -> Tensor:
+        """What u is multiplied by. shape: (degrees, k)"""
+        if self.columns is not None:
+            return self.columns
+        if self.log_scales is None:
+            return FIRST_SCALE * torch.eye(len(self.shift), dtype=self.shift.dtype)
+        return self.log_scales.exp().diag()
+
 
 class PosedVae(Vae):
     """Latents `latent` (L,) and `pose` (k,): the decoded image, warped by what the pose stands for.
 
-    undone: the pose is estimated first, by one hidden layer, and undone before the rest is encoded (the thesis's
-    DTVAE); else both come from one encoder.
+    undone: the pose is estimated first, and undone before the rest is encoded (the thesis's DTVAE); else both come from
+    one encoder.
     """
 
     def __init__(self, config: RunConfig, warp: Warp, *, undone: bool) -> None:
         options = cast(PosedOptions, config.options)
-        shape, size = config.image_shape, options.latent_size
-        rank = options.pose_rank or warp.degrees
+        size, rank = options.latent_size, options.pose_rank or warp.degrees
         poses = rank if options.pose_prior == "full" else warp.degrees
-        encoder = dense.DenseEncoder(shape, options.hidden, size if undone else size + poses)
-        super().__init__(encoder, dense.DenseDecoder(size, options.hidden, shape), head_of(options.density), (size,))
+        encoder, decoder = networks(config, size if undone else size + poses)
+        super().__init__(encoder, decoder, head_of(options.density), (size,))
         self.latents["pose"] = (poses,)
         self._certain = options.pose_prior == "none"
         self.priors["pose"] = Point((poses,)) if self._certain else StandardNormal()
         self.warp, self.pose = warp, PosePrior(warp.degrees, options.pose_prior, rank)
-        self.localisation = nn.Sequential(*dense.layers(shape, [LOCALISATION, 2 * poses])) if undone else None
+        self.localisation = localisation(config, poses) if undone else None
         self._sizes = (size, poses)
+        self._orientations = getattr(options, "orientations", 1)
         self._begin_at_the_identity()
 
     @torch.no_grad()
@@ -117,13 +150,61 @@ class PosedVae(Vae):
         assert isinstance(last, nn.Conv2d)
         for start in (size, 2 * size + poses) if self.localisation is None else (0, poses):
             last.weight[start : start + poses].zero_()
+        if self._orientations > 1 and self.pose.log_scales is not None:
+            # All angles are as likely: a uniform one's deviation, and a posterior as narrow as the other numbers'.
+            assert last.bias is not None
+            self.pose.log_scales[0] = log(pi / sqrt(3))
+            last.bias[2 * size + poses] = log(FIRST_SCALE * sqrt(3) / pi)
+
+    @property
+    def warp_spec(self) -> WarpSpec:  # type: ignore[override]
+        """What the latent `pose` stands for."""
+        shift, columns, average = (
+            value.detach().double().tolist() for value in (self.pose.shift, self.pose.matrix(), self.pose.average)
+        )
+        return WarpSpec(self.warp.kind, tuple(shift), tuple(map(tuple, columns)), tuple(average))
+
+    def upright(self, images: Tensor, pose: Tensor) -> Tensor:
+        """Images (B, C, H, W) with their poses (B, k) undone."""
+        upright: Tensor = self.warp(images, self.pose(pose), inverse=True)
+        return upright
 
     def posteriors(self, images: Tensor) -> Mapping[str, NormalPosterior]:
         """q(latent|x) and q(pose|x) of images (B, C, H, W) in [0, 1]."""
+        return self._encoded(images) if self._orientations == 1 else self._best_of_orientations(images)
+
+    def _best_of_orientations(self, images: Tensor) -> Mapping[str, NormalPosterior]:
+        """Those of each image as it is best explained: turned by −θ_k, encoded, and the pose turned by θ_k again.
+
+        The best of K is the one whose means have the highest log p(x|z, u) − KL(z); nothing is learned by choosing.
+        """
+        rows, poses, count = len(images), self._sizes[1], self._orientations
+        steps = torch.arange(count, dtype=images.dtype, device=images.device)
+        angles = (2 * pi / count) * (steps - (count - 1) // 2)
+        turns = torch.zeros(count, self.warp.degrees, dtype=images.dtype, device=images.device)
+        turns[:, 0] = angles
+        whole = repeat_rows(images, count)
+        found = self._encoded(self.warp(whole, turns.repeat(rows, 1)))
+        # diag(S)[R(ψ) | T] of the turned image is diag(S)[R(ψ − θ) | T] of the image itself.
+        away = angles.repeat(rows)[:, None] * torch.eye(1, poses, dtype=images.dtype, device=images.device)
+        pose = found["pose"]
+        mean = pose.mean - away / self.pose.matrix()[0, 0]
+        with torch.no_grad():
+            density = self.density({"latent": found["latent"].mean, "pose": mean})
+            worth = density.log_prob(whole) - found["latent"].kl(self.prior("latent"))
+            best = worth.reshape(rows, count).argmax(1)
+
+        def chosen(value: Tensor) -> Tensor:
+            each = value.reshape(rows, count, -1)
+            return each.gather(1, best[:, None, None].expand(-1, 1, each.shape[-1])).squeeze(1)
+
+        latent = NormalPosterior(chosen(found["latent"].mean), chosen(found["latent"].scale))
+        return {"latent": latent, "pose": self._posterior(NormalPosterior(chosen(mean), chosen(pose.scale)))}
+
+    def _encoded(self, images: Tensor) -> Mapping[str, NormalPosterior]:
         if self.localisation is not None:
-            pose = self._posterior(dense.posterior(self.localisation(images).flatten(1)))
-            upright = self.warp(images, self.pose(pose.mean), inverse=True)
-            return {"latent": self.encoder(upright), "pose": pose}
+            pose = self._posterior(self.localisation(images))
+            return {"latent": self.encoder(self.upright(images, pose.mean)), "pose": pose}
         both: NormalPosterior = self.encoder(images)
         size = self._sizes[0]
         return {
@@ -140,12 +221,34 @@ class PosedVae(Vae):
         return warped
 
 
+def networks(config: RunConfig, size: int) -> tuple[nn.Module, nn.Module]:
+    """An encoder to normals over `size` numbers, and a decoder of the latent to images in [−1, 1]."""
+    options, shape = cast(PosedOptions, config.options), config.image_shape
+    latent = options.latent_size
+    if options.network == "dense":
+        return dense.DenseEncoder(shape, options.hidden, size), dense.DenseDecoder(latent, options.hidden, shape)
+    side = spatial.check_square(shape)
+    return (
+        spatial.SpatialEncoder(side, shape[2], 2 * size, dense.posterior),
+        spatial.vector_decoder(latent, side, shape[2]),
+    )
+
+
+def localisation(config: RunConfig, poses: int) -> nn.Module:
+    """What estimates a pose that is undone: one hidden layer as in the thesis, or convolutions as the encoder's."""
+    options, shape = cast(PosedOptions, config.options), config.image_shape
+    if options.network == "dense":
+        return dense.DenseEncoder(shape, (LOCALISATION,), poses)
+    return spatial.SpatialEncoder(spatial.check_square(shape), shape[2], 2 * poses, dense.posterior)
+
+
 def build(config: RunConfig, warp: type[Warp], *, undone: bool = False) -> PosedVae:
     """A freshly initialised model.
 
     Raises:
         InvalidArgument: a rank is larger than the pose, or belongs to no full prior; the images are too small for the
-            warp, or too large for dense layers.
+            warp, too large for dense layers, or not square where convolutions want that; angles are sought with a prior
+            of dependent numbers.
     """
     options = cast(PosedOptions, config.options)
     height, width, _ = config.image_shape
@@ -159,23 +262,57 @@ def build(config: RunConfig, warp: type[Warp], *, undone: bool = False) -> Posed
             f"{config.family}: found images of {height}x{width}; a spline over 3x3 points takes {warp.smallest} pixels "
             "a side or more: choose tvae-affine, or a larger --image-size"
         )
+    if options.pose_prior == "full" and getattr(options, "orientations", 1) > 1:
+        raise InvalidArgument(
+            f"{config.family}: orientations: found {options.orientations} with pose_prior full, whose numbers have no "  # type: ignore[attr-defined]
+            "angle of their own; expected another --pose-prior, or 1"
+        )
     dense.refuse_absurd(config.family, config.image_shape, lambda: PosedVae(config, warp(8, 8), undone=undone))
     return PosedVae(config, warp(height, width), undone=undone)
 
 
 def phases(config: RunConfig) -> list[Phase]:
-    """One, by the bound; where the pose has no prior, the average pose of the training images after it."""
+    """One, by the bound; the average pose of the training images after it."""
     options = cast(PosedOptions, config.options)
-    found = [Phase("all", options.epochs, options.learning_rate, negative_bound)]
-    return [*found, Phase("average pose", 0, begin=average_pose)] if options.pose_prior == "none" else found
+    return [
+        Phase("all", options.epochs, options.learning_rate, negative_bound, collapsed=collapsed),
+        Phase("average pose", 0, begin=average_pose),
+    ]
 
 
 def average_pose(model: PosedVae, training: TrainingImages) -> None:
-    """What samples have: the mean of the training images' poses."""
+    """The mean of the training images' poses, which samples have where the pose has no prior."""
     poses = torch.cat([model.posteriors(images)["pose"].mean for images in training.images()])
+    model.pose.average.copy_(poses.double().mean(0))
     prior = model.prior("pose")
-    assert isinstance(prior, Point)
-    prior.value.copy_(poses.double().mean(0))
+    if isinstance(prior, Point):
+        prior.value.copy_(model.pose.average)
+
+
+def collapsed(model: PosedVae, training: TrainingImages) -> str | None:
+    """What is wrong where a training has ended up in one of the thesis's poor local minima (VI.ii and figure 12).
+
+    The latent may say nothing, so that one template is bent to every image; or the upright image is a small version of
+    it, magnified by the warp, or so large that the warp reads beyond it.
+    """
+    kls, zooms = [], []
+    for batch in training.batches(CHECKED_IMAGES):
+        found = model.posteriors(batch.images)
+        kls.append(found["latent"].kl(model.prior("latent")))
+        x, y = model.warp.places(model.pose(found["pose"].mean))
+        zooms.append(area(x, y) / area(model.warp.x[None], model.warp.y[None]))
+    kl, zoom = float(torch.cat(kls).mean()), float(torch.cat(zooms).median())
+    if kl < LEAST_KL:
+        return f"the latent says {kl:.2f} nats an image: one template is bent to all"
+    if not 1 / MOST_ZOOM < zoom < MOST_ZOOM:
+        return f"upright images are read from {zoom:.2g} times their area"
+    return None
+
+
+def area(x: Tensor, y: Tensor) -> Tensor:
+    """Of the ellipse of places, (B, H, W) each: the root of their covariance's determinant, (B,)."""
+    x, y = (value.flatten(1) - value.flatten(1).mean(1, keepdim=True) for value in (x, y))
+    return (x.square().mean(1) * y.square().mean(1) - (x * y).mean(1).square()).clamp(min=0).sqrt()
 
 
 def defaults(image_shape: ImageShape) -> Mapping[str, Any]:

@@ -165,6 +165,11 @@ class VectorDecoder(nn.Module):
         return images
 
 
+def vector_decoder(latent_size: int, side: int, channels: int) -> VectorDecoder:
+    """The one that is as large as the MapDecoder of the paper's N maps."""
+    return VectorDecoder(latent_size, side, channels, PAPER_SIZES.get(side, OTHER_SIZES)[0])
+
+
 class SpatialEncoder(nn.Module):
     """Images in [0, 1] to the numbers that a posterior is made from, by convolutions of stride 2 and one dense layer.
 
@@ -238,9 +243,8 @@ def build(
     """One of the four: an encoder with so many outputs, and the decoder that takes such a latent."""
     options = cast(SpatialOptions, config.options)
     side, channels = check_square(config.image_shape), config.image_shape[2]
-    like_maps = PAPER_SIZES.get(side, OTHER_SIZES)[0]
     if len(latent_shape) == 1:
-        decoder: nn.Module = VectorDecoder(latent_shape[0], side, channels, like_maps)
+        decoder: nn.Module = vector_decoder(latent_shape[0], side, channels)
     else:
         decoder = MapDecoder(latent_shape[0], side, channels)
     learned = options.reduction == "elbo-sum" and options.variance is None

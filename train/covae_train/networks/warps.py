@@ -13,8 +13,6 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from covae_core.errors import Unsupported
-
 Row: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
@@ -25,6 +23,7 @@ class Warp(nn.Module, ABC):
         height, width: of the images
     """
 
+    kind: ClassVar[str]  # of `covae_core.warp`
     degrees: ClassVar[int]
     smallest: ClassVar[int] = 1  # side of images that it makes sense on
     x: Tensor
@@ -39,13 +38,9 @@ class Warp(nn.Module, ABC):
     def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
         """Where each pixel comes from: x and y, (B, H, W) each. pose: (B, degrees)"""
 
+    @abstractmethod
     def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
-        """As places, of the inverse.
-
-        Raises:
-            Unsupported: it has no closed form.
-        """
-        raise Unsupported(f"undo: a {type(self).__name__} has no inverse in closed form")
+        """As places, of the inverse."""
 
     def forward(self, images: Tensor, pose: Tensor, inverse: bool = False) -> Tensor:
         """The warped images; those of the pose undone where `inverse`. images: (B, C, H, W)"""
@@ -65,6 +60,7 @@ class Warp(nn.Module, ABC):
 class Affine(Warp):
     """Any affine map, 6 numbers: the matrix (2, 3) less the identity, row by row."""
 
+    kind = "affine"
     degrees = 6
 
     def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +83,7 @@ class Affine5(Warp):
     [[Sx cos ψ, −Sx sin ψ, Sx Tx], [Sy sin ψ, Sy cos ψ, Sy Ty]]
     """
 
+    kind = "affine5"
     degrees = 5
 
     def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,10 +107,17 @@ class ThinPlate(Warp):
     U(r) = r² log r². It interpolates the points, and is affine where their shifts are.
     """
 
+    kind = "thin-plate-spline"
     degrees = 18
     smallest = 9
     SIDE: ClassVar[int] = 3
+    # Of Newton's method for the inverse; how far from the image it may look, and the least determinant it divides by.
+    STEPS: ClassVar[int] = 8
+    REACH: ClassVar[float] = 3.0
+    LEAST: ClassVar[float] = 0.05
     basis: Tensor
+    points: Tensor
+    of_points: Tensor
 
     def __init__(self, height: int, width: int) -> None:
         super().__init__(height, width)
@@ -130,11 +134,45 @@ class ThinPlate(Warp):
         features = torch.cat([radial(pixels, points), torch.ones(len(pixels), 1), pixels], dim=1)
         basis = (features @ of_points).reshape(height, width, count)
         self.register_buffer("basis", basis.to(torch.float32))
+        self.register_buffer("points", points.to(torch.float32))
+        self.register_buffer("of_points", of_points.to(torch.float32))
 
     def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
         across, down = pose.reshape(-1, 2, 1, 1, self.SIDE**2).unbind(1)
         # Along the last axis: along others ONNX Runtime adds up in an order that depends on the batch.
         return self.x + (across * self.basis).sum(-1), self.y + (down * self.basis).sum(-1)
+
+    def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
+        """By Newton's method from where the shifts themselves point; right where the spline does not fold."""
+        shifts = pose.reshape(-1, 2, 1, self.SIDE**2)
+        across, down = ((self.of_points * axis).sum(-1)[:, None, None] for axis in shifts.unbind(1))
+        start_x, start_y = self.places(pose)
+        x, y = 2 * self.x - start_x, 2 * self.y - start_y
+        for _ in range(self.STEPS):
+            (dx, dxx, dxy), (dy, dyx, dyy) = self._shift(x, y, across), self._shift(x, y, down)
+            off_x, off_y = x + dx - self.x, y + dy - self.y
+            determinant = ((1 + dxx) * (1 + dyy) - dxy * dyx).clamp(min=self.LEAST)
+            x = (x - ((1 + dyy) * off_x - dxy * off_y) / determinant).clamp(-self.REACH, self.REACH)
+            y = (y - ((1 + dxx) * off_y - dyx * off_x) / determinant).clamp(-self.REACH, self.REACH)
+        return x, y
+
+    def _shift(self, x: Tensor, y: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How far one axis is shifted at places, and the derivatives of that by x and y, (B, H, W) each.
+
+        coefficients: of the points' U, and of 1, x and y, (B, 1, 1, points + 3)
+        """
+        count = self.SIDE**2
+        of_u, (one, by_x, by_y) = coefficients[..., :count], coefficients[..., count:].unbind(-1)
+        right, below = x[..., None] - self.points[:, 0], y[..., None] - self.points[:, 1]
+        square = right.square() + below.square()
+        log = square.clamp(min=SMALLEST).log()
+        slope = 2 * of_u * (log + 1)
+        shift = (of_u * square * log).sum(-1) + one + by_x * x + by_y * y
+        return shift, (slope * right).sum(-1) + by_x, (slope * below).sum(-1) + by_y
+
+
+# A squared distance whose logarithm float32 has.
+SMALLEST = 1e-37
 
 
 def radial(places: Tensor, points: Tensor) -> Tensor:

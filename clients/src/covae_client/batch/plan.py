@@ -13,6 +13,7 @@ from covae_client.batch.specification import Specification
 from covae_client.batch.store import Store
 from covae_client.client import DEFAULT_ADDRESS, Client
 from covae_client.errors import InvalidArgument, NotFound
+from covae_core.warp import POSES, PRIOR
 
 SHARD_SIZE = 1000
 # Beyond this nothing is left of what an edit fixes.
@@ -27,6 +28,7 @@ def generate(
     out: URL,
     seed: int = 0,
     noise_seed: int | None = None,
+    pose: str = PRIOR,
     score: bool = False,
     num_samples: int = 100,
     shard_size: int = SHARD_SIZE,
@@ -35,8 +37,9 @@ def generate(
 ) -> Job:
     """A job of images 0 … count - 1 of a seed, those of `Model.sample`; it is written down, not run.
 
-    out: a path or URL of a new folder, or of this very job. score: each image's scores beside it, from num_samples
-    importance weights. file_format: parquet or webdataset.
+    out: a path or URL of a new folder, or of this very job. pose: prior, identity or average, as of
+    `Model.sample`. score: each image's scores beside it, from num_samples importance weights.
+    file_format: parquet or webdataset.
 
     Raises:
         InvalidArgument: an argument is wrong, or `out` holds another job. ServerError: the model cannot be had.
@@ -44,6 +47,7 @@ def generate(
     options = {
         "seed": arguments.seed("--seed", seed),
         "noise_seed": None if noise_seed is None else arguments.seed("--noise-seed", noise_seed),
+        "pose": _pose(pose),
         "score": bool(score),
         "num_samples": arguments.integer("--num-samples", num_samples, 1, 2**31) if score else None,
     }
@@ -83,6 +87,7 @@ def edit(
     samples: int = 2,
     seed: int = 0,
     index: int = 0,
+    pose: str = PRIOR,
     noise_seed: int | None = None,
     softness: float = 0.0,
     shard_size: int = SHARD_SIZE,
@@ -99,11 +104,18 @@ def edit(
     options = {
         "seed": arguments.seed("--seed", seed),
         "index": arguments.integer("--index", index, 0, arguments.MAX_INDEX),
+        "pose": _pose(pose),
         "noise_seed": arguments.seed("--noise-seed", seed if noise_seed is None else noise_seed),
         "samples": arguments.integer("--samples", samples, 1, 10_000),
         "softness": float(softness),
     }
     return _begin("edit", model, ["condition"], None, options, edits, out, shard_size, file_format, server)
+
+
+def _pose(name: str) -> str:
+    if name not in POSES:
+        raise InvalidArgument(f"--pose: found {name!r}; expected {', '.join(POSES)}")
+    return name
 
 
 def _begin(

@@ -31,6 +31,7 @@ from covae_client.retry import Timeout
 from covae_client.scored_files import printable
 from covae_core.contract import ModelSpec
 from covae_core.images import fit_image, load_edit, open_image
+from covae_core.warp import PRIOR
 
 # Rows that a worker asks for at a time: four requests in flight.
 BLOCK = 256
@@ -110,10 +111,10 @@ def _blocks(rows: range, size: int, check: Check) -> Iterator[range]:
 
 
 def _generated(job: Specification, model: Model, rows: range, check: Check) -> Rows:
-    seed, noise_seed = job.options["seed"], job.options["noise_seed"]
+    seed, noise_seed, pose = job.options["seed"], job.options["noise_seed"], job.options.get("pose", PRIOR)
     found, images = Rows(), []
     for block in _blocks(rows, BLOCK, check):
-        images.append(model.sample(len(block), seed=seed, noise_seed=noise_seed, start=block.start))
+        images.append(model.sample(len(block), seed=seed, noise_seed=noise_seed, start=block.start, pose=pose))
         seeds = {"seed": seed, "noise_seed": seed if noise_seed is None else noise_seed}
         found.values += [{"index": index, **seeds} for index in block]
     found.images = np.concatenate(images)
@@ -174,7 +175,7 @@ def _scored_singly(
 def _edited(job: Specification, model: Model, inputs: Inputs, rows: range, check: Check) -> Rows:
     """Row i is draw i mod samples of edit i // samples, the same as `covae edit` draws of it."""
     samples, start = job.options["samples"], job.options["index"]
-    latent = latent_of(model, job.options["seed"], start)
+    latent = latent_of(model, job.options["seed"], start, job.options.get("pose", PRIOR))
     found, images = Rows(), []
     for edit in range(rows.start // samples, (rows.stop - 1) // samples + 1):
         check()
