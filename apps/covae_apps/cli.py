@@ -323,7 +323,7 @@ def report(
         typer.Argument(
             help="honest: bounds, calibration and coherence of sos-vae and beta-vae; spatial: Tables 1 and 2 of the "
             "Spatial VAE paper; structured: low rank, sparse precision and both; "
-            "where: surprise maps of odd images and defects; no-network: SOS-VAE 4.5"
+            "where: surprise maps of odd images and defects; pose, probe: the Transformer VAE thesis; no-network: SOS-VAE 4.5"
         ),
     ],
     data: Annotated[str, typer.Option(help="as `covae train --data`")] = "mnist",

@@ -121,6 +121,45 @@ STRUCTURED_COLUMNS = {
     "RMSE of the decoded mean": "RMSE",
     "seconds per epoch": "seconds per epoch",
 }
+# Figure 5's total lengths, of the latent and the pose together: those that leave the latent a number at least.
+POSE_TOTALS = (2, 6, 10, 20, 30)
+POSE_DEGREES = {"vae": 0, "tvae-affine": 6, "tvae-tps": 18, "dtvae-affine": 6}
+THESIS_VAE = {"network": "dense", "density": "bernoulli"}
+PROBED = "linear probe, test accuracy, %"
+# Table 1's test accuracies by family and length of the latent.
+POSE_TABLE_1 = {
+    ("pca", 8): 75.51,
+    ("vae", 8): 87.99,
+    ("tvae-affine", 8): 88.39,
+    ("tvae-tps", 8): 88.65,
+    ("dtvae-affine", 8): 93.87,
+    ("pca", 20): 86.52,
+    ("vae", 20): 86.45,
+    ("tvae-affine", 20): 90.51,
+    ("tvae-tps", 20): 94.48,
+    ("dtvae-affine", 20): 94.17,
+}
+PROBE_COLUMNS = {
+    PROBED: "test accuracy, %",
+    "linear probe, mean of 9 parts, %": "mean of 9 parts, %",
+    "linear probe, deviation of 9 parts, %": "their deviation",
+    "reconstruction term": "reconstruction term, nats",
+}
+POSE_COLUMNS = {
+    "reconstruction term": "reconstruction term, nats",
+    BOUND: "bound, nats",
+    "RMSE of the decoded mean": "RMSE",
+    "seconds per epoch": "seconds per epoch",
+}
+
+
+def _posed(family: str, size: int) -> dict[str, Any]:
+    """The thesis's options: a pose that is a function of the image, as in its figures 5 to 9 and Table 1."""
+    if family == "pca":
+        return {"rank": size}
+    return {"latent_size": size, **(THESIS_VAE if family == "vae" else {"pose_prior": "none"})}
+
+
 BEST = (Arm("sos-vae", "sos-vae", {}, {}), Arm("beta-vae", "beta-vae", {}, {}))
 REPORTS: dict[str, Callable[[], Report]] = {
     "spatial": lambda: Report(
@@ -158,6 +197,26 @@ REPORTS: dict[str, Callable[[], Report]] = {
         STRUCTURED_COLUMNS,
         [("hybrid-vae", other) for other in ("sos-vae", "structured-vae", "beta-vae")]
         + [("structured-vae", "beta-vae"), ("supn", "beta-vae"), ("sos-vae", "beta-vae")],
+    ),
+    "pose": lambda: Report(
+        "Transformer VAEs: figure 5, the reconstruction term against the total length of latent and pose",
+        [
+            Arm(f"{family}, {total}", family, _posed(family, total - degrees), {})
+            for total in POSE_TOTALS
+            for family, degrees in POSE_DEGREES.items()
+            if total > degrees
+        ],
+        ("reconstruction", "bound", "training-time"),
+        POSE_COLUMNS,
+    ),
+    "probe": lambda: Report(
+        "Transformer VAEs: Table 1, a linear classifier on the latent",
+        [
+            Arm(f"{family}, {size}", family, _posed(family, size), {PROBED: str(paper)})
+            for (family, size), paper in POSE_TABLE_1.items()
+        ],
+        ("linear-probe", "reconstruction"),
+        PROBE_COLUMNS,
     ),
     "no-network": lambda: Report(
         "SOS-VAE section 4.5: the density without a network",

@@ -45,11 +45,29 @@ def mean_error(run: TrainedRun, images: Tensor) -> tuple[float, float]:
     return float(error.square().mean().sqrt()), float(error.mean())
 
 
+@torch.no_grad()
+def terms(run: TrainedRun, images: Tensor, seed: int) -> Tensor:
+    """log p(x|z) at one draw of the latents from their posteriors, in nats: what the bound has beside the KL. (N,)
+
+    images: (N, C, H, W) uint8, seen as the run was trained on them
+    """
+    random = torch.Generator().manual_seed(seed)
+    rows = []
+    for batch in torch.split(run.units(images, seed), BATCH):
+        noise = run.model.latent_noise((len(batch),), random)
+        latents = {name: item.draw(noise[name]) for name, item in run.model.posteriors(batch).items()}
+        rows.append(run.model.scoring_density(latents, len(batch)).to(torch.float64).log_prob(batch.double()))
+    return torch.cat(rows)
+
+
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
     """Of the first held-out images."""
-    error = errors(run, data.held_out[: settings.images])
+    images = data.held_out[: settings.images]
+    error = errors(run, images)
     per_image = error.square().mean(dim=(1, 2, 3))
+    term = {"reconstruction term": mean_of(terms(run, images, settings.seed), 1)} if run.model.encodes else {}
     return {
+        **term,
         "RMSE of the decoded mean": Estimate(float(per_image.mean().sqrt())),
         "its bias": Estimate(float(error.mean())),
         "its MSE in [0, 255]": mean_of(per_image * 255**2, 1),
@@ -57,5 +75,11 @@ def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str
 
 
 register(
-    Measure("reconstruction", "RMSE and bias of the decoded mean; MSE in [0, 255]", compute, needs_encoder, usual=True)
+    Measure(
+        "reconstruction",
+        "log p(x|z) at a draw; RMSE and bias of the decoded mean; MSE in [0, 255]",
+        compute,
+        needs_encoder,
+        usual=True,
+    )
 )
