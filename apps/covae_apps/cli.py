@@ -79,6 +79,18 @@ def bench_structured(
     run_structured(repeats, threads)
 
 
+@bench.command("pose")
+def bench_pose(
+    repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each figure")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+) -> None:
+    """Time what an explicit pose adds to a sample and to a training step, beside the plain VAE of the same networks."""
+    use_threads(threads)
+    from covae_apps.bench.pose import run_pose
+
+    run_pose(repeats, threads)
+
+
 @bench.command("score")
 def bench_score(
     repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of ten weights")] = 30,
@@ -323,7 +335,8 @@ def report(
         typer.Argument(
             help="honest: bounds, calibration and coherence of sos-vae and beta-vae; spatial: Tables 1 and 2 of the "
             "Spatial VAE paper; structured: low rank, sparse precision and both; "
-            "where: surprise maps of odd images and defects; pose, probe: the Transformer VAE thesis; no-network: SOS-VAE 4.5"
+            "where: surprise maps of odd images and defects; pose, probe: the Transformer VAE thesis; "
+            "no-network: SOS-VAE 4.5"
         ),
     ],
     data: Annotated[str, typer.Option(help="as `covae train --data`")] = "mnist",

@@ -52,7 +52,7 @@ def measure(place: Path, repeats: int, threads: int) -> tuple[list[Row], float]:
     def step_of(family: str, shape: tuple[int, int, int], batch: int, **options: Any) -> Callable[[], object]:
         trainer = trainer_of(place / f"{family}-{len(list(place.iterdir()))}", family, shape, batch, threads, **options)
         noise = trainer.model.latent_noise((batch,), torch.Generator().manual_seed(0))
-        return partial(step, trainer, Batch(_bytes(shape, batch) / 255, noise, 0.5))
+        return partial(step, trainer, Batch(random_images(shape, batch) / 255, noise, 0.5))
 
     sos = step_of("sos-vae", COLOUR, PAPER_BATCH, rank=25, objective="paper")
     small = {name: step_of(name, GREY, SMALL_BATCH, **SMALL) for name in ("beta-vae", "structured-vae", "hybrid-vae")}
@@ -80,7 +80,7 @@ def trainer_of(
     folder: Path, family: str, shape: tuple[int, int, int], batch: int, threads: int, steps: int = 2, **options: Any
 ) -> Trainer:
     """A run on random images, so many steps an epoch."""
-    data = ImageData("random", _bytes(shape, steps * batch), _bytes(shape, 2), flips=False)
+    data = ImageData("random", random_images(shape, steps * batch), random_images(shape, 2), flips=False)
     torch.manual_seed(0)
     config = make_config(family=family, data="none", image_shape=shape, batch_size=batch, epochs=2, **options)
     return Trainer(config, data, folder, threads=threads)
@@ -112,7 +112,7 @@ def _with_threads(threads: int, call: Callable[[], object]) -> None:
     call()
 
 
-def _bytes(shape: tuple[int, int, int], count: int) -> torch.Tensor:
+def random_images(shape: tuple[int, int, int], count: int) -> torch.Tensor:
     height, width, channels = shape
     random = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, channels, height, width), generator=random, dtype=torch.uint8)

@@ -17,7 +17,7 @@ Row: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class Warp(nn.Module, ABC):
-    """A pose's effect on images of one size.
+    """A pose's effect on images of one size: where a pixel comes from is linear in some functions of its place.
 
     Args:
         height, width: of the images
@@ -28,15 +28,34 @@ class Warp(nn.Module, ABC):
     smallest: ClassVar[int] = 1  # side of images that it makes sense on
     x: Tensor
     y: Tensor
+    basis: Tensor
 
     def __init__(self, height: int, width: int) -> None:
         super().__init__()
         self.register_buffer("x", torch.linspace(-1, 1, width)[None].expand(height, width).clone())
         self.register_buffer("y", torch.linspace(-1, 1, height)[:, None].expand(height, width).clone())
+        self.register_buffer("basis", self.functions(height, width))
 
     @abstractmethod
+    def functions(self, height: int, width: int) -> Tensor:
+        """The functions at each pixel. shape: (H·W, K)"""
+
+    @abstractmethod
+    def coefficients(self, pose: Tensor) -> Tensor:
+        """Those of x and of y. shape: (B, degrees) → (B, K, 2)"""
+
+    def grid(self, pose: Tensor) -> Tensor:
+        """Where each pixel comes from, x and y. shape: (B, degrees) → (B, H, W, 2)"""
+        return self._at(self.coefficients(pose))
+
+    def inverse(self, pose: Tensor) -> Tensor:
+        """As grid, of the inverse."""
+        return torch.stack(self.undo(pose), dim=-1)
+
     def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each pixel comes from: x and y, (B, H, W) each. pose: (B, degrees)"""
+        """The grid's x and y, (B, H, W) each."""
+        x, y = self.grid(pose).unbind(-1)
+        return x, y
 
     @abstractmethod
     def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,40 +63,61 @@ class Warp(nn.Module, ABC):
 
     def forward(self, images: Tensor, pose: Tensor, inverse: bool = False) -> Tensor:
         """The warped images; those of the pose undone where `inverse`. images: (B, C, H, W)"""
-        grid = torch.stack(self.undo(pose) if inverse else self.places(pose), dim=-1)
+        grid = self.inverse(pose) if inverse else self.grid(pose)
         return nn.functional.grid_sample(
             images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=True
         )
 
-    def _affine(
-        self, matrix: tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """x and y of rows (a, b, c): a x + b y + c. Sums, not products of matrices: a row is its own."""
-        (a, b, c), (d, e, f) = ([entry[:, None, None] for entry in row] for row in matrix)
-        return a * self.x + b * self.y + c, d * self.x + e * self.y + f
+    def _at(self, coefficients: Tensor) -> Tensor:
+        # A product for each row of the batch, not one for all of them: a row is its own.
+        return (self.basis @ coefficients).reshape(-1, *self.x.shape, 2)
 
 
-class Affine(Warp):
+class AffineWarp(Warp):
+    """Any that is an affine map: of x, y and 1."""
+
+    def functions(self, height: int, width: int) -> Tensor:
+        """x, y and 1."""
+        return torch.stack([self.x, self.y, torch.ones_like(self.x)], dim=-1).reshape(-1, 3)
+
+    @abstractmethod
+    def inverted(self, pose: Tensor) -> Tensor:
+        """As coefficients, of the inverse."""
+
+    def inverse(self, pose: Tensor) -> Tensor:
+        """In closed form."""
+        return self._at(self.inverted(pose))
+
+    def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse's x and y."""
+        x, y = self.inverse(pose).unbind(-1)
+        return x, y
+
+
+def columns(*rows: Tensor) -> Tensor:
+    """A map's entries a, b, c, d, e, f, (B,) each, as the coefficients of x = a x + b y + c and y = d x + e y + f."""
+    return torch.stack(rows, dim=-1).reshape(-1, 2, 3).mT
+
+
+class Affine(AffineWarp):
     """Any affine map, 6 numbers: the matrix (2, 3) less the identity, row by row."""
 
     kind = "affine"
     degrees = 6
 
-    def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, c, d, e, f = pose.unbind(1)
-        return self._affine(((1 + a, b, c), (d, 1 + e, f)))
+    def coefficients(self, pose: Tensor) -> Tensor:
+        """The matrix's columns."""
+        return (pose.reshape(-1, 2, 3) + torch.eye(2, 3, dtype=pose.dtype, device=pose.device)).mT
 
-    def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
+    def inverted(self, pose: Tensor) -> Tensor:
         """(A, t) has the inverse (A⁻¹, −A⁻¹ t); a matrix that cannot be inverted gives what is not finite."""
         a, b, c, d, e, f = pose.unbind(1)
         a, e = 1 + a, 1 + e
         scale = 1 / (a * e - b * d)
-        return self._affine(
-            ((e * scale, -b * scale, (b * f - e * c) * scale), (-d * scale, a * scale, (d * c - a * f) * scale))
-        )
+        return columns(e * scale, -b * scale, (b * f - e * c) * scale, -d * scale, a * scale, (d * c - a * f) * scale)
 
 
-class Affine5(Warp):
+class Affine5(AffineWarp):
     """A rotation, then a shift, then scales (the thesis's 5 numbers): ψ, log Sx, log Sy, Tx, Ty.
 
     [[Sx cos ψ, −Sx sin ψ, Sx Tx], [Sy sin ψ, Sy cos ψ, Sy Ty]]
@@ -86,14 +126,15 @@ class Affine5(Warp):
     kind = "affine5"
     degrees = 5
 
-    def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, pose: Tensor) -> Tensor:
+        """The matrix's columns."""
         cos, sin, sx, sy, tx, ty = self._parts(pose)
-        return self._affine(((sx * cos, -sx * sin, sx * tx), (sy * sin, sy * cos, sy * ty)))
+        return columns(sx * cos, -sx * sin, sx * tx, sy * sin, sy * cos, sy * ty)
 
-    def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
+    def inverted(self, pose: Tensor) -> Tensor:
         """R(−ψ) diag(1/Sx, 1/Sy), and −R(−ψ) T."""
         cos, sin, sx, sy, tx, ty = self._parts(pose)
-        return self._affine(((cos / sx, sin / sy, -(cos * tx + sin * ty)), (-sin / sx, cos / sy, sin * tx - cos * ty)))
+        return columns(cos / sx, sin / sy, -(cos * tx + sin * ty), -sin / sx, cos / sy, sin * tx - cos * ty)
 
     def _parts(self, pose: Tensor) -> tuple[Tensor, ...]:
         angle, log_sx, log_sy, tx, ty = pose.unbind(1)
@@ -115,12 +156,11 @@ class ThinPlate(Warp):
     STEPS: ClassVar[int] = 8
     REACH: ClassVar[float] = 3.0
     LEAST: ClassVar[float] = 0.05
-    basis: Tensor
     points: Tensor
     of_points: Tensor
 
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__(height, width)
+    def functions(self, height: int, width: int) -> Tensor:
+        """φₖ, and how U, 1, x and y make them."""
         line = torch.linspace(-1, 1, self.SIDE, dtype=torch.float64)
         points = torch.stack([line.repeat(self.SIDE), line.repeat_interleave(self.SIDE)], dim=1)  # x, y
         pixels = torch.stack([self.x.double().flatten(), self.y.double().flatten()], dim=1)
@@ -132,15 +172,15 @@ class ThinPlate(Warp):
         system[count:, :count] = system[:count, count:].T
         of_points = torch.linalg.inv(system)[:, :count]
         features = torch.cat([radial(pixels, points), torch.ones(len(pixels), 1), pixels], dim=1)
-        basis = (features @ of_points).reshape(height, width, count)
-        self.register_buffer("basis", basis.to(torch.float32))
         self.register_buffer("points", points.to(torch.float32))
         self.register_buffer("of_points", of_points.to(torch.float32))
+        basis: Tensor = (features @ of_points).to(torch.float32)
+        return basis
 
-    def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
-        across, down = pose.reshape(-1, 2, 1, 1, self.SIDE**2).unbind(1)
-        # Along the last axis: along others ONNX Runtime adds up in an order that depends on the batch.
-        return self.x + (across * self.basis).sum(-1), self.y + (down * self.basis).sum(-1)
+    def coefficients(self, pose: Tensor) -> Tensor:
+        """The control points as they are shifted."""
+        shifted: Tensor = self.points + pose.reshape(-1, 2, self.SIDE**2).mT
+        return shifted
 
     def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
         """By Newton's method from where the shifts themselves point; right where the spline does not fold."""
