@@ -26,6 +26,7 @@ from covae_apps.demo.tour import (
     Edit,
     Images,
     Odd,
+    PoseTour,
     Tour,
 )
 from covae_client.maps import draw_map
@@ -56,6 +57,10 @@ th { font-weight: 600; }
 """
 
 
+# What the numbers of tvae-affine5's pose do.
+POSE_ROWS = ("turned by −40° to 40°", "wider to narrower", "taller to lower", "moved across", "moved up and down")
+
+
 @dataclass(frozen=True)
 class SummaryRow:
     """One row of the summary: what was measured, of each model in turn.
@@ -69,10 +74,17 @@ class SummaryRow:
     meaning: str = ""
 
 
-def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], summary: Sequence[SummaryRow]) -> None:
+def write_page(
+    path: Path,
+    data: str,
+    images: ImageData,
+    tours: Sequence[Tour],
+    summary: Sequence[SummaryRow],
+    posed: PoseTour | None = None,
+) -> None:
     """Write the page for the tours of one data set, and README's picture beside it.
 
-    The first tour is of the model that has structure, the others are of baselines.
+    The first tour is of the model that has structure, the others are of baselines; posed is of one with a pose.
     """
     main = tours[0]
     sections = [
@@ -85,6 +97,7 @@ def write_page(path: Path, data: str, images: ImageData, tours: Sequence[Tour], 
         _found(tours),
         _interpolation(main),
         _sweep(main),
+        _poses(posed),
         _maps(tours),
         _scores(tours),
         _latencies(tours),
@@ -195,6 +208,25 @@ def _sweep(tour: Tour) -> str:
         f"Each row scales one principal component of the factor from −{-SWEEP[0]:g} to {SWEEP[-1]:g} standard "
         "deviations (equation 5); the mean is in the middle.",
         _row([_tiles(flat, steps, f"{tour.name}: components 1 to {count}", 72)]),
+    )
+
+
+def _poses(tour: PoseTour | None) -> str:
+    if tour is None:
+        return ""
+    count, steps = tour.sweep.shape[:2]
+    shown = zip(POSE_ROWS, tour.sweep, strict=True)
+    rows = [_row([_tiles(images, steps, f"{tour.name}: {what}", 62)]) for what, images in shown]
+    pairs = [
+        _tiles(tour.images, len(tour.images), "held-out images", 62),
+        _tiles(tour.upright, len(tour.upright), "the same with their poses undone", 62),
+    ]
+    return _section(
+        "An explicit pose",
+        f"{tour.family} decodes an upright image and then warps it. The pose of a held-out image is swept, one of its "
+        f"{count} numbers at a time, with its own in the middle; below, the server says how held-out images are posed, "
+        "and undoes it.",
+        "".join(rows) + "".join(map(_row, ([pair] for pair in pairs))),
     )
 
 

@@ -18,12 +18,12 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from covae_apps.demo.page import SummaryRow, write_page
-from covae_apps.demo.tour import SCORE_SAMPLES, Masked, Tour, take_tour
+from covae_apps.demo.tour import SCORE_SAMPLES, Masked, PoseTour, Tour, take_pose_tour, take_tour
 from covae_client import BeyondReach, Client, Model
 from covae_core.calibration import Calibration
 from covae_core.contract import ModelSpec, served_name
 from covae_core.densities import LowRankNormal
-from covae_core.errors import CovaeError
+from covae_core.errors import CovaeError, InvalidArgument
 from covae_core.files import check_writable
 from covae_core.images import channels_last
 from covae_core.operations import OPERATIONS
@@ -42,6 +42,7 @@ from covae_train.run import TrainedRun, has_run, load_config, load_run
 from covae_train.training import Trainer
 
 FAMILIES = ("sos-vae", "beta-vae")
+POSED = "tvae-affine5"
 # Held-out images whose residuals are looked at.
 CHECKED = 500
 # Training images that a reference is made of, and the components of probabilistic PCA.
@@ -102,21 +103,26 @@ def run_demo(
     images = load_images(data, image_size, channels, limit=limit, aside=aside)
     console.print(f"{name}: {len(images.train):,} images to train on, {len(images.held_out):,} held out")
     runs = [_train(family, name, images, places, console) for family in FAMILIES]
-    for run in runs:
+    try:
+        posed = _train(POSED, name, images, places, console)
+    except InvalidArgument as error:  # images too large for its dense layers
+        posed = None
+        console.print(f"without a pose: {error}", soft_wrap=True)
+    for run in (*runs, *([posed] if posed else [])):
         _export(run, places.repository, console)
     console.rule("4  serve and use")
-    tours = _use(runs, images, places.repository, console)
+    tours, shown = _use(runs, posed, images, places.repository, console)
     summary = _summary(runs, images, tours)
-    write_page(places.page, name, images, tours, summary)
+    write_page(places.page, name, images, tours, summary, shown)
     console.print(_table(runs, summary))
     console.print("How to read these: the page says it in words, docs/results.md at length.")
     console.print(
         f"{time.perf_counter() - started:.0f} s, installation aside. Look at {places.page}, then try, in two terminals:"
     )
     covae = Path(sys.argv[0]) if Path(sys.argv[0]).name == "covae" else Path("covae")
-    shown = covae.relative_to(Path.cwd()) if covae.is_relative_to(Path.cwd()) else covae
-    console.print(f"    {shown} serve {' '.join(run.run_id for run in runs)}", soft_wrap=True)
-    console.print(f"    {shown} sample {runs[0].run_id} -n 16 --out out/samples", soft_wrap=True)
+    command = covae.relative_to(Path.cwd()) if covae.is_relative_to(Path.cwd()) else covae
+    console.print(f"    {command} serve {' '.join(run.run_id for run in runs)}", soft_wrap=True)
+    console.print(f"    {command} sample {runs[0].run_id} -n 16 --out out/samples", soft_wrap=True)
     return places.page
 
 
@@ -161,16 +167,19 @@ def _published(repository: Path, name: str) -> tuple[str, Calibration | None] | 
     return (digests.pop(), specs[0].calibration) if whole and same else None
 
 
-def _use(runs: Sequence[TrainedRun], images: ImageData, repository: Path, console: Console) -> list[Tour]:
-    names = [run.run_id for run in runs]
+def _use(
+    runs: Sequence[TrainedRun], posed: TrainedRun | None, images: ImageData, repository: Path, console: Console
+) -> tuple[list[Tour], PoseTour | None]:
+    names = [run.run_id for run in (*runs, *([posed] if posed else []))]
     held_out: NDArray[np.uint8] = channels_last(images.held_out.numpy())
     masked = _masked(images)
     with Service(repository, names, grpc_port=0, metrics_port=0) as service:
         console.print(
-            f"Triton is ready at {service.grpc_address}: {len(runs)} models, {len(service.models)} operations in all"
+            f"Triton is ready at {service.grpc_address}: {len(names)} models, {len(service.models)} operations in all"
         )
         with Client(service.grpc_address) as client, console.status("") as status:
-            return [_tour(client.model(name), held_out, masked, status.update) for name in names]
+            tours = [_tour(client.model(run.run_id), held_out, masked, status.update) for run in runs]
+            return tours, take_pose_tour(client.model(posed.run_id), held_out) if posed else None
 
 
 def _masked(images: ImageData) -> dict[str, Masked]:

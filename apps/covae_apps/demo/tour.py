@@ -22,6 +22,9 @@ CANDIDATES, COMPLETIONS, AT_ONCE = 512, 3, 32
 GRID = 6
 SWEEP = np.linspace(-3, 3, 9)
 SWEPT_COMPONENTS = 4
+# How far each of tvae-affine5's numbers is swept either way: radians, log scales, shares of half an image. So many
+# images are aligned.
+POSE_REACH, ALIGNED = (0.7, 0.5, 0.5, 0.4, 0.4), 12
 SCORED = 100
 SCORE_SAMPLES = 20
 LATENCY_REQUESTS = 60
@@ -93,6 +96,31 @@ class Tour:
     def subjects(self) -> Images:
         """A row for each latent: its mean, and then its draws; (SUBJECTS, 1 + DRAWS, H, W, C)."""
         return np.concatenate([self.means[:, None], self.draws], axis=1)
+
+
+@dataclass(frozen=True)
+class PoseTour:
+    """What a model with a pose showed. sweep: a row for each of the pose's numbers, (k, steps, H, W, C) uint8; images
+    and upright: held-out ones, and those with their poses undone, (N, H, W, C) uint8."""
+
+    name: str
+    family: str
+    sweep: Images
+    images: Images
+    upright: Images
+
+
+def take_pose_tour(model: Model, held_out: Images) -> PoseTour:
+    """Sweep the pose of an image that was encoded, and undo some images' poses."""
+    warp = model.spec.warp
+    assert warp is not None
+    found = {name: posterior.mean for name, posterior in model.encode(held_out[0]).items()}
+    own = warp.numbers(found["pose"])
+    reach = np.diag(POSE_REACH)[:, None] * (SWEEP / SWEEP[-1])[:, None]
+    sweep = model.repose(found["latent"], warp.pose((own + reach).reshape(-1, len(own))))
+    images = held_out[:ALIGNED]
+    upright = model.align(images).images
+    return PoseTour(model.name, model.spec.family, sweep.reshape(*reach.shape[:2], *sweep.shape[1:]), images, upright)
 
 
 def take_tour(model: Model, held_out: Images, masked: Mapping[str, Masked], say: Callable[[str], None]) -> Tour:
