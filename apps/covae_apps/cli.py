@@ -400,6 +400,7 @@ def gallery(
     runs: Annotated[list[Path], typer.Argument(help="folders of trained runs, all of one data set")],
     output: Annotated[Path, typer.Option(help="the picture to write")] = Path("gallery.png"),
     seed: Annotated[int, typer.Option(min=0, help="of latents and noise")] = 0,
+    poses: Annotated[bool, typer.Option("--poses", help="means in the average pose and in poses of the prior")] = False,
 ) -> None:
     """Show training images, decoded means and samples of several runs in one picture."""
     use_threads(1)
@@ -410,5 +411,5 @@ def gallery(
 
     check_writable(output)
     loaded = [load_run(folder) for folder in runs]
-    write_gallery(loaded, images_of(loaded[0].config), output, seed)
+    write_gallery(loaded, images_of(loaded[0].config), output, seed, poses=poses)
     typer.echo(f"{len(loaded)} runs: {output}")
