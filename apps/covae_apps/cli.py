@@ -357,7 +357,8 @@ def report(
     ),
     output: Annotated[Path | None, typer.Option(help="also write every figure to this JSON file")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="also draw how the bounds of single images are spread, as PNG")
+        Path | None,
+        typer.Option(help="also draw how the bounds of single images are spread, or of pose its figure, as PNG"),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
 ) -> None:
@@ -368,7 +369,7 @@ def report(
 
     from rich.console import Console
 
-    from covae_apps.report import REPORTS, Plan, as_markdown, draw_bounds, run_report
+    from covae_apps.report import REPORTS, Plan, as_markdown, draw_bounds, draw_lengths, run_report
     from covae_core.errors import InvalidArgument
     from covae_core.files import check_writable, write_text
     from covae_train.cli import parse_size
@@ -392,7 +393,9 @@ def report(
         document = {"report": name, "data": data, "epochs": epochs, "rows": found["rows"], "pairs": pairs}
         document["bounds"] = found["bounds"]
         write_text(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    if plot:
+    if plot and table.lengths:
+        draw_lengths(table.lengths, found["rows"], plot)
+    elif plot:
         draw_bounds(found["bounds"], plot)
 
 

@@ -35,13 +35,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Report:
-    """A table: its rows, the measures that make its columns, and pairs of rows whose bounds are compared by images."""
+    """A table: its rows, the measures that make its columns, and pairs of rows whose bounds are compared by images.
+
+    lengths: of rows that are named FAMILY, LENGTH, the figure that a plot shows against the length.
+    """
 
     title: str
     arms: Sequence[Arm]
     measures: Sequence[str]
     columns: Mapping[str, str]
     pairs: Sequence[tuple[str, str]] = ()
+    lengths: str = ""
 
 
 # Figures whose name goes on: with the number of importance weights; with a word about an estimate at its limit.
@@ -208,6 +212,7 @@ REPORTS: dict[str, Callable[[], Report]] = {
         ],
         ("reconstruction", "bound", "training-time"),
         POSE_COLUMNS,
+        lengths="reconstruction term",
     ),
     "probe": lambda: Report(
         "Transformer VAEs: Table 1, a linear classifier on the latent",
@@ -318,6 +323,34 @@ def draw_bounds(bounds: Mapping[str, Sequence[Sequence[float]]], path: Path) -> 
         axis.set_ylabel("share of held-out images below")
         axis.legend(frameon=False)
         figure.savefig(path, dpi=160)
+
+
+def draw_lengths(figure: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A figure against the length in the rows' names, a line for each family: the mean over seeds, and each seed.
+
+    Raises:
+        InvalidArgument: no row has the figure.
+    """
+    lines: dict[str, list[tuple[int, list[float]]]] = {}
+    for row in rows:
+        family, _, length = row["name"].rpartition(", ")
+        values = [figures[figure] for figures in row["figures"] if figure in figures]
+        if values:
+            lines.setdefault(family, []).append((int(length), values))
+    if not lines:
+        raise InvalidArgument(f"--plot: found no {figure}; expected a report that measures it")
+    with matplotlib.rc_context(STYLE):
+        drawn = Figure(figsize=(6, 3.2), layout="constrained")
+        axis = drawn.subplots()
+        for index, (family, points) in enumerate(lines.items()):
+            lengths = [length for length, _ in points]
+            axis.plot(lengths, [mean(values) for _, values in points], f"C{index}-", label=family)
+            for length, values in points:
+                axis.plot([length] * len(values), values, f"C{index}.", markersize=4)
+        axis.set_xlabel("numbers in the latent and the pose together")
+        axis.set_ylabel(f"{figure}, nats an image")
+        axis.legend(frameon=False)
+        drawn.savefig(path, dpi=160)
 
 
 def _trained(arm: Arm, data: ImageData, folder: Path, plan: Plan, seed: int) -> TrainedRun:

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from covae_apps.report import REPORTS, Arm, Plan, Report, as_markdown, draw_bounds, run_report
+from covae_apps.report import REPORTS, Arm, Plan, Report, as_markdown, draw_bounds, draw_lengths, run_report
 from covae_core.errors import InvalidArgument
 from covae_train.data import ImageData
 
@@ -58,6 +58,18 @@ def test_a_row_paired_with_itself_differs_by_nothing(few, tmp_path):
 def test_a_plot_without_bounds_is_refused(tmp_path):
     with pytest.raises(InvalidArgument, match="--plot: found no bounds"):
         draw_bounds({}, tmp_path / "bounds.png")
+
+
+def test_a_figure_is_drawn_against_the_lengths_in_the_rows_names(tmp_path):
+    rows = [
+        {"name": f"{family}, {length}", "figures": [{"term": -90.0 + length}, {"term": -91.0 + length}]}
+        for family in ("vae", "tvae-affine")
+        for length in (10, 20)
+    ]
+    draw_lengths("term", rows, tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InvalidArgument, match="--plot: found no bound; expected a report that measures it"):
+        draw_lengths("bound", rows, tmp_path / "other.png")
 
 
 def test_an_arm_that_there_is_not_is_refused_before_anything_is_trained(few, tmp_path):
