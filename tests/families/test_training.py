@@ -149,6 +149,10 @@ def test_every_measure_measures_it_or_says_what_it_lacks(measure, run, digits, s
     if missing:
         if missing.startswith("whitened residuals"):
             assert not can_calibrate(run.model)
+        elif measure == "rotation":
+            turned = "images that were turned: --data rotated-NAME"
+            warp = run.model.warp_spec
+            assert missing == (turned if warp and warp.kind != "thin-plate-spline" else "a pose with an angle")
         else:
             assert missing.startswith("odd images with masks") if measure == "spots" else not run.model.encodes
         return

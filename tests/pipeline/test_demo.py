@@ -22,6 +22,7 @@ HEADINGS = (
     "Where is an image odd?",
     "Between four samples",
     "The largest components",
+    "An explicit pose",
     "What varies, and what varies together",
     "How likely is an image?",
     "Latency",
