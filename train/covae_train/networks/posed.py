@@ -75,8 +75,10 @@ class PosedOptions(TrainedOptions):
 class TurnedOptions(PosedOptions):
     """Of a family whose pose has an angle."""
 
-    orientations: PositiveInt = Field(
+    orientations: int = Field(
         1,
+        ge=1,
+        le=64,
         description="angles, evenly over the circle, at each of which an image's pose is sought; the best one is kept",
     )
 
@@ -120,6 +122,11 @@ class PosePrior(nn.Module):
         return self.log_scales.exp().diag()
 
 
+def first_of(values: Tensor, size: int) -> Tensor:
+    """Rows of `size` numbers, these first and zeros after them. shape: (B, 1) → (B, size)"""
+    return torch.cat([values, values.new_zeros(1).expand(values.shape[0], size - 1)], dim=1)
+
+
 class PosedVae(Vae):
     """Latents `latent` (L,) and `pose` (k,): the decoded image, warped by what the pose stands for.
 
@@ -139,7 +146,7 @@ class PosedVae(Vae):
         self.warp, self.pose = warp, PosePrior(warp.degrees, options.pose_prior, rank)
         self.localisation = localisation(config, poses) if undone else None
         self._sizes = (size, poses)
-        self._orientations = getattr(options, "orientations", 1)
+        self._orientations = options.orientations if isinstance(options, TurnedOptions) else 1
         self._begin_at_the_identity()
 
     @torch.no_grad()
@@ -178,24 +185,21 @@ class PosedVae(Vae):
 
         The best of K is the one whose means have the highest log p(x|z, u) − KL(z); nothing is learned by choosing.
         """
-        rows, poses, count = len(images), self._sizes[1], self._orientations
+        rows, poses, count = images.shape[0], self._sizes[1], self._orientations
         steps = torch.arange(count, dtype=images.dtype, device=images.device)
-        angles = (2 * pi / count) * (steps - (count - 1) // 2)
-        turns = torch.zeros(count, self.warp.degrees, dtype=images.dtype, device=images.device)
-        turns[:, 0] = angles
+        angles = ((2 * pi / count) * (steps - (count - 1) // 2)).expand(rows, count).reshape(-1, 1)
         whole = repeat_rows(images, count)
-        found = self._encoded(self.warp(whole, turns.repeat(rows, 1)))
+        found = self._encoded(self.warp(whole, first_of(angles, self.warp.degrees)))
         # diag(S)[R(ψ) | T] of the turned image is diag(S)[R(ψ − θ) | T] of the image itself.
-        away = angles.repeat(rows)[:, None] * torch.eye(1, poses, dtype=images.dtype, device=images.device)
         pose = found["pose"]
-        mean = pose.mean - away / self.pose.matrix()[0, 0]
+        mean = pose.mean - first_of(angles, poses) / self.pose.matrix()[0, 0]
         with torch.no_grad():
             density = self.density({"latent": found["latent"].mean, "pose": mean})
             worth = density.log_prob(whole) - found["latent"].kl(self.prior("latent"))
-            best = worth.reshape(rows, count).argmax(1)
+            best = worth.reshape(-1, count).argmax(1)
 
         def chosen(value: Tensor) -> Tensor:
-            each = value.reshape(rows, count, -1)
+            each = value.reshape(-1, count, value.shape[1])
             return each.gather(1, best[:, None, None].expand(-1, 1, each.shape[-1])).squeeze(1)
 
         latent = NormalPosterior(chosen(found["latent"].mean), chosen(found["latent"].scale))
@@ -248,7 +252,7 @@ def build(config: RunConfig, warp: type[Warp], *, undone: bool = False) -> Posed
     Raises:
         InvalidArgument: a rank is larger than the pose, or belongs to no full prior; the images are too small for the
             warp, too large for dense layers, or not square where convolutions want that; angles are sought with a prior
-            of dependent numbers.
+            of dependent numbers, or with batch normalisation.
     """
     options = cast(PosedOptions, config.options)
     height, width, _ = config.image_shape
@@ -262,13 +266,24 @@ def build(config: RunConfig, warp: type[Warp], *, undone: bool = False) -> Posed
             f"{config.family}: found images of {height}x{width}; a spline over 3x3 points takes {warp.smallest} pixels "
             "a side or more: choose tvae-affine, or a larger --image-size"
         )
-    if options.pose_prior == "full" and getattr(options, "orientations", 1) > 1:
-        raise InvalidArgument(
-            f"{config.family}: orientations: found {options.orientations} with pose_prior full, whose numbers have no "  # type: ignore[attr-defined]
-            "angle of their own; expected another --pose-prior, or 1"
-        )
+    _check_orientations(config)
     dense.refuse_absurd(config.family, config.image_shape, lambda: PosedVae(config, warp(8, 8), undone=undone))
     return PosedVae(config, warp(height, width), undone=undone)
+
+
+def _check_orientations(config: RunConfig) -> None:
+    options = config.options
+    if not isinstance(options, TurnedOptions) or options.orientations == 1:
+        return
+    for name, found, why in (
+        ("pose_prior", "full", "whose numbers have no angle of their own"),
+        ("network", "spatial", "whose batch normalisation would see the worse ones too"),
+    ):
+        if getattr(options, name) == found:
+            raise InvalidArgument(
+                f"{config.family}: orientations: found {options.orientations} with {name} {found}, {why}; expected "
+                f"another {name}, or 1"
+            )
 
 
 def phases(config: RunConfig) -> list[Phase]:
