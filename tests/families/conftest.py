@@ -31,6 +31,7 @@ NAMES = [name for name in families() if name != "tvae-tps"]
 SERVED = [name for name in NAMES if name not in ("sos-vae", "beta-vae", "tvae-affine5")]
 # Whichever of these options a family has; the rest are its defaults for 8×8.
 SMALL = {"epochs": 2, "mean_epochs": 1, "batch_size": 16, "widths": (8, 16), "latent_size": 5, "maps": 4, "rank": 3}
+SMALL |= {"restarts": 0}
 
 
 def levels(images):

@@ -103,6 +103,15 @@ def test_without_a_prior_a_pose_is_the_images_own_and_samples_have_the_average(f
     assert spec.priors == {"latent": "standard-normal", "pose": "point"}
 
 
+def test_the_average_pose_is_that_of_the_training_images(family, larger, tmp_path):
+    Trainer(config(family, epochs=4), larger, tmp_path / "run").fit()
+    run = load_run(tmp_path / "run")
+    with torch.no_grad():
+        wanted = run.model.posteriors(larger.train.float() / 255)["pose"].mean.mean(0)
+    assert wanted.abs().max() > 1e-4
+    np.testing.assert_allclose(run.model.warp_spec.named("average"), wanted, rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_pose_that_is_undone_is_not_seen_by_the_encoder_of_the_rest():
     """The localisation says of images that were moved by a pose just that pose: the latent is the upright images'."""

@@ -92,11 +92,9 @@ def test_a_pose_is_drawn_or_given(model, run):
             model.sample(2, pose="identity")
         return
     plain, latents = model.sample_with_latents(5, seed=3)
-    with torch.no_grad():
-        average = run.model.posteriors(torch.from_numpy(channels_first(to_unit(levels_of_training(run)))))["pose"].mean
     for pose, wanted in {
         "identity": np.zeros((5, 6)),
-        "average": np.broadcast_to(run.model.pose(average.mean(0)[None]).detach().numpy(), (5, 6)),
+        "average": np.broadcast_to(run.model.pose(run.model.pose.average[None]).detach().numpy(), (5, 6)),
     }.items():
         images, found = model.sample_with_latents(5, seed=3, pose=pose)
         np.testing.assert_allclose(model.spec.warp.numbers(found["pose"]), wanted, atol=1e-5)
@@ -110,12 +108,6 @@ def test_a_pose_is_drawn_or_given(model, run):
     for bad, message in (("upright", "'upright'"), (np.zeros((3, 6)), "3 rows"), (np.zeros(5), "shape")):
         with pytest.raises(InvalidArgument, match=f"pose: found .*{message}|pose: found {message}"):
             model.sample(5, pose=bad)
-
-
-def levels_of_training(run):
-    from covae_train.data import images_of
-
-    return channels_last(images_of(run.config).train.numpy())
 
 
 def test_a_pose_is_undone_and_done_again(model, run, pictures):
