@@ -39,7 +39,13 @@ def test_a_spec_survives_the_parameters(spec):
     assert ModelSpec.from_parameters({**parameters, "execution_mode": "0"}) == spec
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(SPEC)])
+def test_a_spec_without_a_warp_is_written_as_it_was_before_there_were_any():
+    plain = replace(SPEC, warp=None)
+    assert "warp" not in plain.to_parameters()
+    assert ModelSpec.from_parameters(plain.to_parameters()) == plain
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SPEC) if field.name != "warp"])
 def test_a_missing_parameter_is_named(name):
     parameters = SPEC.to_parameters()
     del parameters[name]

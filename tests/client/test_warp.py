@@ -61,11 +61,13 @@ def test_the_angle_is_by_how_much_an_image_was_turned(kind):
 
 
 def test_what_makes_no_sense_is_refused():
+    with pytest.raises(Unsupported, match="a pose of 2 numbers cannot turn so; the nearest warp is"):
+        spec("affine", 2).turned(np.zeros(2), 0.7)
     with pytest.raises(InvalidArgument, match="pose: found 'upright'; expected prior, identity, average"):
         spec("affine").named("upright")
     for ask in (lambda warp: warp.matrix(np.zeros(18)), lambda warp: warp.turned(np.zeros(18), 0.1)):
         with pytest.raises(Unsupported, match="a thin-plate-spline is no affine map"):
             ask(spec("thin-plate-spline"))
-    for change in ({"kind": "bend"}, {"shift": [0.0]}, {"average": [0.0] * 5}):
+    for change in ({"shift": [np.nan] * 6}, {"kind": "bend"}, {"shift": [0.0]}, {"average": [0.0] * 5}):
         with pytest.raises(InvalidArgument, match="warp: found"):
             WarpSpec.from_json({**spec("affine").to_json(), **change})

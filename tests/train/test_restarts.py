@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from covae_train import training
+from covae_train.data import load_images
 from covae_train.families import make_config
 from covae_train.networks import posed
 from covae_train.records import read_metrics
 from covae_train.run import load_checkpoint
 from covae_train.training import Trainer
 
-from .toys import Crash
+from .toys import Crash, crash_at
 
 EPOCHS = 8
 
@@ -21,8 +23,9 @@ def config(**options):
 
 @pytest.fixture
 def poor(monkeypatch):
-    """The seeds whose trainings are said to have collapsed."""
+    """The seeds whose trainings are said to have collapsed; looked for from half of the phase on."""
     seeds = {0, 1}
+    monkeypatch.setattr(training, "CHECKED_STEPS", 0)
     monkeypatch.setattr(
         posed, "collapsed", lambda model, images: "it is poor" if images._trainer.seed in seeds else None
     )
@@ -33,13 +36,13 @@ def test_a_collapsed_training_is_begun_again_and_is_one_of_the_next_seed(poor, f
     told, steps = [], []
     trainer = Trainer(config(), few_digits, tmp_path / "run")
     trainer.fit(lambda report: steps.append(report.step), told.append)
-    # Looked for from a quarter of the phase on.
     each = trainer.steps_per_epoch
     assert [(item.step, item.epoch, item.why, item.seed) for item in told] == [
-        (2 * each, 2, "it is poor", 1),
-        (2 * each, 2, "it is poor", 2),
+        (4 * each, 4, "it is poor", 1),
+        (4 * each, 4, "it is poor", 2),
     ]
-    assert steps == [*range(1, 2 * each + 1)] * 2 + [*range(1, EPOCHS * each + 1)]
+    assert all(item.seconds > 0 for item in told)
+    assert steps == [*range(1, 4 * each + 1)] * 2 + [*range(1, EPOCHS * each + 1)]
     state = load_checkpoint(tmp_path / "run").state
     assert [item["seed"] for item in state["restarts"]] == [1, 2]
     Trainer(config(seed=2), few_digits, tmp_path / "other").fit()
@@ -51,7 +54,7 @@ def test_a_collapsed_training_is_begun_again_and_is_one_of_the_next_seed(poor, f
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("where", [3, 20])
+@pytest.mark.parametrize("where", [3, 24, 30])
 def test_a_crash_after_a_restart_changes_nothing(where, poor, few_digits, tmp_path):
     Trainer(config(), few_digits, tmp_path / "whole").fit()
     with pytest.raises(Crash):
@@ -63,7 +66,40 @@ def test_a_crash_after_a_restart_changes_nothing(where, poor, few_digits, tmp_pa
     resumed.fit()
     found, expected = (load_checkpoint(tmp_path / name) for name in ("run", "whole"))
     assert all(torch.equal(found.tensors[name], value) for name, value in expected.tensors.items())
-    assert found.state["restarts"] == expected.state["restarts"]
+    restarts = [[{**item, "seconds": 0} for item in run.state["restarts"]] for run in (found, expected)]
+    assert restarts[0] == restarts[1]
+
+
+@pytest.mark.parametrize("checkpoint_steps", [6, 1000])
+def test_a_crash_at_the_end_of_an_epoch_loses_no_check(checkpoint_steps, poor, few_digits, tmp_path):
+    with pytest.raises(Crash):
+        Trainer(config(), few_digits, tmp_path / "run", checkpoint_steps=checkpoint_steps).fit(crash_at(24))
+    told = []
+    Trainer(config(), few_digits, tmp_path / "run", checkpoint_steps=checkpoint_steps).fit(on_restart=told.append)
+    state = load_checkpoint(tmp_path / "run").state
+    assert [(item["step"], item["seed"]) for item in state["restarts"]] == [(24, 1), (24, 2)]
+
+
+def test_a_run_that_had_ended_is_prolonged_and_not_begun_again(poor, few_digits, tmp_path):
+    poor.clear()
+    Trainer(config(), few_digits, tmp_path / "run").fit()
+    poor.add(0)
+    told = []
+    longer = Trainer(config(epochs=EPOCHS + 2), few_digits, tmp_path / "run")
+    longer.fit(on_restart=told.append)
+    assert [item.seed for item in told] == [None]
+    assert (longer.seed, longer.finished, longer.epochs) == (0, True, EPOCHS + 2)
+
+
+@pytest.mark.parametrize("family", ["tvae-affine", "tvae-affine5", "dtvae-affine"])
+def test_a_usual_training_is_not_condemned(family, tmp_path):
+    """Digits, by all defaults: the latent says nothing for two hundred steps, and then it does."""
+    images, told = load_images("digits"), []
+    given = make_config(family=family, data="digits", image_shape=(8, 8, 1))
+    trainer = Trainer(given, images, tmp_path / "run")
+    trainer.fit(on_restart=told.append)
+    assert told == []
+    assert trainer.total_steps >= training.CHECKED_STEPS
 
 
 def crash_after_restarts(step):

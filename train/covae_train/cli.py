@@ -276,7 +276,9 @@ def fit_with_progress(trainer: Trainer) -> None:
                 console.print(f"{description}  {terms}", soft_wrap=True)
 
         def tell(restart: Restart) -> None:
-            then = "no restart is left" if restart.seed is None else f"begun again with seed {restart.seed}"
+            nonlocal first, began
+            first, began = (0, 0.0) if restart.seed is not None else (first, began)
+            then = "it goes on as it is" if restart.seed is None else f"begun again with seed {restart.seed}"
             console.print(f"[yellow]warning:[/] epoch {restart.epoch}: {restart.why}; {then}", soft_wrap=True)
 
         trainer.fit(show, tell)

@@ -143,8 +143,8 @@ def load_images(
     """
     if image_size is not None:
         _checked(image_size, "image_size")
-    if data.startswith(ROTATED):
-        images = _rotated(load_images(data.removeprefix(ROTATED), image_size, channels, column=column))
+    if unrotated(data) != data:
+        images = _rotated(load_images(unrotated(data), image_size, channels, column=column))
     elif data == "digits":
         _refuse_column(data, column)
         images = _fit_digits(image_size, channels)
@@ -156,6 +156,11 @@ def load_images(
         images = _read(data, splits, image_size, channels, source.flips if source else False)
     kept, back = _set_aside(data, images.train, aside)
     return replace(images, train=kept[:limit], limit=limit, column=column, aside=back)
+
+
+def unrotated(data: str) -> str:
+    """The data set that a rotated one is made of; a file or folder is what it is called."""
+    return data if Path(data).exists() else data.removeprefix(ROTATED)
 
 
 def rotation_angles(count: int, split: int) -> Tensor:
@@ -233,7 +238,7 @@ def labels_of(
     """
     height, width, channels = image_shape
     images = load_images(data, (height, width), channels, column=column)
-    data = data.removeprefix(ROTATED)
+    data = unrotated(data)
     if data == "digits":
         from sklearn.datasets import load_digits
 

@@ -25,8 +25,9 @@ class TrainingImages(Protocol):
         """All images once, in their order, (B, C, H, W) in [0, 1] each."""
 
 
-# The share of a phase after which it should have got somewhere.
-CHECKED_FROM = 0.25
+# The share of a phase, and the steps, after which it should have got somewhere: small networks on small images say
+# nothing for two hundred steps, and recover.
+CHECKED_FROM, CHECKED_STEPS = 0.5, 300
 Begin = Callable[[Any, TrainingImages], None]
 
 
@@ -39,7 +40,8 @@ class Phase:
     parameters that learn; None: all. clip: the largest norm of a gradient, per number of an image. begin: what happens
     before its first step, without gradients. usable: whether a model in this phase may be evaluated and exported.
     collapsed: what is wrong with a training that has ended up in a bad local minimum, looked for without gradients
-    after each epoch once CHECKED_FROM of the phase is done; a training that has is begun again (option `restarts`).
+    after each epoch once CHECKED_FROM of the phase, and CHECKED_STEPS of its steps, are done; a training that has is
+    begun again (option `restarts`).
     """
 
     name: str

@@ -28,7 +28,7 @@ from covae_train.data import ImageData, in_units
 from covae_train.errors import CheckpointError, DataError, TrainingError
 from covae_train.families import build_model, find_family
 from covae_train.objective import Batch, Multipliers, Terms
-from covae_train.phases import CHECKED_FROM, PlannedPhase, plan
+from covae_train.phases import CHECKED_FROM, CHECKED_STEPS, PlannedPhase, plan
 from covae_train.records import Records
 from covae_train.run import (
     CHECKPOINT_FILE,
@@ -81,11 +81,12 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Restart:
-    """A training that collapsed: at what step of it, in which epoch, and why; seed: that of the one begun instead, None
-    if there is none left."""
+    """A training that collapsed: at what step of it, in which epoch, after how many seconds, and why; seed: that of the
+    one begun instead, None if it goes on as it is."""
 
     step: int
     epoch: int
+    seconds: float
     why: str
     seed: int | None
 
@@ -134,7 +135,7 @@ class Trainer:
         self.plan = plan(self.phases, self.steps_per_epoch)
         self.total_steps = self.plan[-1].stop
         self.epochs = sum(phase.epochs for phase in self.phases)
-        self.seconds, self.saved_step = 0.0, -1
+        self.saved_step, self._ended = -1, False
         self.extended_from: int | None = None
         self._data_digest = data.digest
         self._open_folder()
@@ -156,7 +157,7 @@ class Trainer:
         duals = list(self.multipliers.parameters())
         self.dual = torch.optim.SGD(duals, lr=held.learning_rate, maximize=True) if duals else None
         self.random = torch.Generator().manual_seed(self.seed)
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self._begun: list[str] = []
         self._entered: str | None = None
 
@@ -204,15 +205,15 @@ class Trainer:
                     report = self._train_step(batch)
                     if self.step % RECORD_EVERY_STEPS == 0 or self.step == self.total_steps:
                         records.add(report.row(phase))
-                    if self.step % self.checkpoint_steps == 0:
-                        self.save()
-                    on_step(report)
-                    restart = self._collapse()
+                    restart = self._collapse()  # before a checkpoint says that the epoch is over
                     if restart is not None:
                         self.restarts.append(restart)
                         if restart.seed is not None:
                             self._start_afresh()
+                    if restart is not None or self.step % self.checkpoint_steps == 0:
                         self.save()
+                    on_step(report)
+                    if restart is not None:
                         on_restart(restart)
                         if restart.seed is not None:
                             return False
@@ -225,18 +226,23 @@ class Trainer:
 
     @torch.no_grad()
     def _collapse(self) -> Restart | None:
-        """What is to be done about a training that has collapsed, looked for at the end of an epoch."""
+        """What is to be done about a training that has collapsed, looked for at the end of an epoch.
+
+        One that had ended before it was prolonged is not begun again: it is somebody's model.
+        """
         if self.step % self.steps_per_epoch or (self.restarts and self.restarts[-1].seed is None):
             return None
         trained = next(item for item in self.plan if item.start < self.step <= item.stop)
-        if trained.phase.collapsed is None or self.step < trained.start + CHECKED_FROM * (trained.stop - trained.start):
+        least = max(CHECKED_FROM * (trained.stop - trained.start), CHECKED_STEPS)
+        if trained.phase.collapsed is None or self.step - trained.start < least:
             return None
         self.model.eval()
         why = trained.phase.collapsed(self.model, _TrainingImages(self))
         if why is None:
             return None
-        left = len(self.restarts) < getattr(self.config.options, "restarts", 0)
-        return Restart(self.step, self.step // self.steps_per_epoch, why, self.seed + 1 if left else None)
+        left = not self._ended and len(self.restarts) < getattr(self.config.options, "restarts", 0)
+        epoch = self.step // self.steps_per_epoch
+        return Restart(self.step, epoch, self.seconds, why, self.seed + 1 if left else None)
 
     def _batches_left_in_epoch(self) -> Iterator[Tensor]:
         if self.step >= self.total_steps:
@@ -399,6 +405,7 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "data_digest": self._data_digest,
             "restarts": [asdict(item) for item in self.restarts],
+            "ended": self._ended or self.finished,
         }
         save_checkpoint(self.folder, Checkpoint(tensors, state))
         self.saved_step = self.step
@@ -418,6 +425,7 @@ class Trainer:
             self.step = self.saved_step = operator.index(state["step"])
             self.seconds, self._begun = float(state["seconds"]), [str(key) for key in state["begun"]]
             self.restarts = [Restart(**item) for item in state.get("restarts", ())]
+            self._ended = bool(state.get("ended", state["finished"]))
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{self.folder / CHECKPOINT_FILE}: it does not fit {CONFIG_FILE}: {error}") from error
 

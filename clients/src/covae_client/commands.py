@@ -20,6 +20,7 @@ from covae_client.client import Client
 from covae_client.errors import InvalidArgument
 from covae_client.metrics import served_registry
 from covae_client.model import BeyondReach, Conditioned, Model
+from covae_client.plans import check_pose
 from covae_client.retry import Timeout
 from covae_core.files import check_writable, write_text, writing
 from covae_core.images import EXTENSIONS, contact_sheet, encode_png, load_edit
@@ -71,6 +72,8 @@ def sample(
         InvalidArgument: as above, or the place cannot be written.
     """
     integer("--number", number, 1, MAX_GRID_IMAGES if grid else 2**32)
+    if pose != PRIOR:
+        check_pose(model.spec, model.name, pose)
     if grid is not None and grid.suffix.lower() != ".png":
         raise InvalidArgument(f"--grid: found {str(grid)!r}, expected the name of a file that ends in .png")
     width = max(4, len(str(start + number - 1)))
@@ -83,7 +86,7 @@ def sample(
             "noise_seed": noise_seed,
             "start": start,
             "number": number,
-            "pose": pose,
+            **({} if pose == PRIOR else {"pose": pose}),
         }
         _make_room(out, manifest, overwrite)
     kept: list[NDArray[np.uint8]] = []
@@ -140,6 +143,10 @@ def edit(
     """Condition a model's image on an edit; writes mean.png and sample-K.png into `out`."""
     integer("--samples", samples, 1, MAX_EDIT_SAMPLES)
     integer("--index", index, 0, MAX_INDEX)
+    if pose != PRIOR:
+        check_pose(model.spec, model.name, pose)
+        if image is not None:
+            raise InvalidArgument(f"--pose: found {pose} with --image, whose pose is its own: leave one of them out")
     mask, pixels = load_edit(edit_file, model.spec.image_shape)
     check_writable(out / "mean.png")
     latent = _latent_of(model, seed, index, image, pose)

@@ -76,9 +76,9 @@ class ModelBase(Generic[AnyTransport]):
         return tuple(operation for operation in OPERATIONS if operation in self._endpoints)
 
     def latents(self, n: int, *, seed: int = 0, start: int = 0, pose: Any = PRIOR) -> Any:
-        """The latents of the images that `sample` draws, made here, without the server: (n, …latent_shape), N(0, I).
+        """The latents of the images that `sample` draws, made here, without the server: (n, …latent_shape).
 
-        They agree with `sample_with_latents` up to the last bits of log and cos.
+        pose: as of `sample`. They agree with `sample_with_latents` up to the last bits of log and cos.
         """
         return self._plans.latents(n, seed, start, pose)
 

@@ -170,19 +170,17 @@ class Plans:
         shape = self.spec.latents.get("pose")
         if isinstance(pose, str) and pose == PRIOR:
             return 1.0, np.zeros((n, *(shape or ())), np.float32)
-        if shape is None:
-            raise InvalidArgument(f"pose: found {pose!r}; {self.name} has no pose: leave it out")
         if isinstance(pose, str):
-            pose = self._warp().named(pose)
+            pose = check_pose(self.spec, self.name, pose)
+        if shape is None:
+            raise InvalidArgument(f"pose: found an array; {self.name} has no pose: leave it out")
         rows, _ = arguments.rows("pose", pose, shape, np.float32)
         if len(rows) not in (1, n):
             raise InvalidArgument(f"pose: found {len(rows)} rows; expected one, or one for each of {n} images")
         return 0.0, np.broadcast_to(rows, (n, *shape))
 
     def _warp(self) -> WarpSpec:
-        if self.spec.warp is None:
-            raise InvalidArgument(f"{self.name}: a {self.spec.family} has no pose that is a warp of the image")
-        return self.spec.warp
+        return warp_of(self.spec, self.name)
 
     def align(self, images: Any) -> Call[Aligned]:
         """Images with their poses undone."""
@@ -428,6 +426,26 @@ class Plans:
 
     def _indices(self, n: int, start: int) -> NDArray[np.int64]:
         return arguments.image_indices(start, arguments.integer("n", n, 1, arguments.MAX_INDEX + 1))
+
+
+def warp_of(spec: ModelSpec, name: str) -> WarpSpec:
+    """What a model's pose stands for.
+
+    Raises:
+        InvalidArgument: it has no pose that is a warp.
+    """
+    if spec.warp is None:
+        raise InvalidArgument(f"pose: {name}, a {spec.family}, has no pose that is a warp of the image")
+    return spec.warp
+
+
+def check_pose(spec: ModelSpec, name: str, pose: str) -> NDArray[np.float32]:
+    """The pose of a name other than `prior`, (k,).
+
+    Raises:
+        InvalidArgument: the model has none, or there is none of that name.
+    """
+    return warp_of(spec, name).named(pose)
 
 
 def _is_picture(value: Any) -> bool:

@@ -146,7 +146,10 @@ class ModelSpec:
         """The `parameters` of a `config.pbtxt`: every field as JSON text, and the colour for whoever reads it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {"calibration": self.calibration and self.calibration.to_json(), "colour": self.colour}
-        values["warp"] = self.warp and self.warp.to_json()
+        if self.warp is None:  # as exports before there were any
+            del values["warp"]
+        else:
+            values["warp"] = self.warp.to_json()
         return {name: json.dumps(value) for name, value in values.items()}
 
     @classmethod
@@ -172,6 +175,7 @@ class ModelSpec:
             )
         try:
             _check_version("contract_version", json.loads(parameters["contract_version"]), CONTRACT_VERSION)
+            parameters = {"warp": "null", **parameters}
             missing = [field.name for field in fields(cls) if field.name not in parameters]
             if missing:
                 raise InvalidArgument(f"the model's config lacks the parameters {missing}; export it again")

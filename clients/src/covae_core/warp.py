@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from covae_core.errors import InvalidArgument, Unsupported
 Floats = NDArray[np.float64]
 # The kinds of warp by the names of the wire, with how many numbers each has.
 DEGREES: Mapping[str, int] = {"affine": 6, "affine5": 5, "thin-plate-spline": 18}
+# A warp this near to the wanted one is that one, but for float32.
+EXACT = 1e-3
 PRIOR, IDENTITY, AVERAGE = POSES = ("prior", "identity", "average")
 
 
@@ -26,7 +30,8 @@ class WarpSpec:
     by row; `affine5`, ψ, log Sx, log Sy, Tx, Ty of [[Sx cos ψ, −Sx sin ψ, Sx Tx], [Sy sin ψ, Sy cos ψ, Sy Ty]];
     `thin-plate-spline`, how far 3×3 control points are shifted, all x and then all y. Numbers of 0 are the identity.
 
-    shift: (degrees,); columns: (degrees, k); average: the mean u of the training images' posteriors, (k,).
+    shift: (degrees,); columns: (degrees, k); average: the u of the training images' mean numbers, an angle's a circular
+    mean, (k,); 0 of a training that has not ended.
     """
 
     kind: str
@@ -71,8 +76,8 @@ class WarpSpec:
         return np.stack(rows, -2)
 
     def angle(self, pose: Any) -> Floats:
-        """How far an image is turned against the upright one, counter-clockwise, in radians, −π to π: that of the
-        rotation next to the map. shape: (…, k) → (…)
+        """How far a square image is turned against the upright one, counter-clockwise, in radians, −π to π: that of
+        the rotation next to the map. shape: (…, k) → (…)
 
         Raises:
             Unsupported: the warp is a spline.
@@ -82,11 +87,11 @@ class WarpSpec:
         return found
 
     def turned(self, pose: Any, angle: Any) -> NDArray[np.float32]:
-        """Poses whose images are those of `pose`, turned counter-clockwise about the middle by angles in radians, as
-        `numpy.linspace` gives them. shape: (…, k) and (…) → (…, k)
+        """Poses whose images, square ones, are those of `pose`, turned counter-clockwise about the middle by angles in
+        radians, as `numpy.linspace` gives them. shape: (…, k) and (…) → (…, k)
 
         Raises:
-            Unsupported: the warp is a spline.
+            Unsupported: the warp is a spline, or the model's poses cannot turn, as those of a prior of few columns.
         """
         self._require_affine("turned")
         angle = np.asarray(angle, np.float64)
@@ -94,12 +99,19 @@ class WarpSpec:
         numbers = self.numbers(pose)
         if self.kind == "affine5":
             numbers[..., 0] += angle
-            return self.pose(numbers)
-        cos, sin = np.cos(angle), np.sin(angle)
-        turn = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
-        matrix = self.matrix(pose)
-        turned = np.concatenate([matrix[..., :2] @ turn, matrix[..., 2:]], -1)
-        return self.pose((turned - np.eye(2, 3)).reshape(numbers.shape))
+        else:
+            cos, sin = np.cos(angle), np.sin(angle)
+            turn = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
+            matrix = self.matrix(pose)
+            turned = np.concatenate([matrix[..., :2] @ turn, matrix[..., 2:]], -1)
+            numbers = (turned - np.eye(2, 3)).reshape(numbers.shape)
+        found = self.pose(numbers)
+        off = float(np.abs(self.numbers(found) - numbers).max())
+        if off > EXACT:
+            raise Unsupported(
+                f"turned: a pose of {len(self.average)} numbers cannot turn so; the nearest warp is {off:.2g} away"
+            )
+        return found
 
     def _require_affine(self, what: str) -> None:
         if not self.kind.startswith("affine"):
@@ -124,7 +136,8 @@ class WarpSpec:
         )
         degrees = DEGREES.get(found.kind)
         rows = {len(row) for row in found.columns}
-        if (len(found.shift), len(found.columns), rows) != (degrees, degrees, {len(found.average)}):
+        finite = all(map(isfinite, (*found.shift, *found.average, *chain(*found.columns))))
+        if not finite or (len(found.shift), len(found.columns), rows) != (degrees, degrees, {len(found.average)}):
             raise InvalidArgument(
                 f"warp: found {found.kind!r} with {len(found.shift)} numbers; expected {dict(DEGREES)}"
             )

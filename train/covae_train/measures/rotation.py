@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from covae_train.data import ROTATED, ImageData, in_units, labels_of, rotation_angles
+from covae_train.data import ROTATED, ImageData, in_units, labels_of, rotation_angles, unrotated
+from covae_train.errors import DataError
 from covae_train.measures import Estimate, Measure, Settings, register
 from covae_train.run import TrainedRun
 
 ROWS = 256
+# Of so few images of a class nothing is said.
+FEWEST = 5
 # Digits that half a turn leaves much as they are: their angles are compared up to that.
 HALF_TURN = {"digits": (0, 1, 2, 5, 8), "mnist": (0, 1, 2, 5, 8)}
 
@@ -43,13 +46,17 @@ def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str
     _, _, images, labels = labels_of(run.config.data, run.config.image_shape, run.config.column)
     count = min(settings.images, len(images))
     true, found = rotation_angles(len(images), 1).numpy()[:count], found_angles(run, images[:count])
-    classes, of_half = labels[:count].numpy(), HALF_TURN.get(run.config.data.removeprefix(ROTATED), ())
+    classes, of_half = labels[:count].numpy(), HALF_TURN.get(unrotated(run.config.data), ())
     rows = {}
     for label in np.unique(classes):
         inside = classes == label
+        if inside.sum() < FEWEST:
+            continue
         times = 2 if label in of_half else 1
         name = f"angle's circular correlation, class {label}" + (", up to half a turn" if times == 2 else "")
         rows[name] = circular_correlation(times * true[inside], times * found[inside])
+    if not rows:
+        raise DataError(f"rotation: found {count} images; expected {FEWEST} of a class at least: more --images")
     mean = float(np.mean(list(rows.values())))
     figures = {"angle's circular correlation, mean over classes": mean, **rows}
     return {name: Estimate(value, None, 2) for name, value in figures.items()}
@@ -60,7 +67,10 @@ def needs_angles(run: TrainedRun) -> str | None:
     warp = run.model.warp_spec
     if warp is None or not warp.kind.startswith("affine"):
         return "a pose with an angle"
-    return None if run.config.data.startswith(ROTATED) else f"images that were turned: --data {ROTATED}NAME"
+    height, width, _ = run.config.image_shape
+    if height != width:
+        return "square images"
+    return None if unrotated(run.config.data) != run.config.data else f"images that were turned: --data {ROTATED}NAME"
 
 
 register(

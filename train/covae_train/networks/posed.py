@@ -17,7 +17,7 @@ from covae_core.warp import WarpSpec
 from covae_train.config import ImageShape, RunConfig, TrainedOptions
 from covae_train.image_model import DensityHead, Vae
 from covae_train.networks import dense, spatial
-from covae_train.networks.warps import Warp
+from covae_train.networks.warps import Affine5, Warp
 from covae_train.objective import negative_bound
 from covae_train.phases import Phase, TrainingImages
 from covae_train.posteriors import NormalPosterior, PointPosterior
@@ -181,7 +181,7 @@ class PosedVae(Vae):
         return self._encoded(images) if self._orientations == 1 else self._best_of_orientations(images)
 
     def _best_of_orientations(self, images: Tensor) -> Mapping[str, NormalPosterior]:
-        """Those of each image as it is best explained: turned by −θ_k, encoded, and the pose turned by θ_k again.
+        """Those of each image as it is best explained: turned by θ_k, encoded, and the pose turned by −θ_k again.
 
         The best of K is the one whose means have the highest log p(x|z, u) − KL(z); nothing is learned by choosing.
         """
@@ -284,6 +284,12 @@ def _check_orientations(config: RunConfig) -> None:
                 f"{config.family}: orientations: found {options.orientations} with {name} {found}, {why}; expected "
                 f"another {name}, or 1"
             )
+    height, width, _ = config.image_shape
+    if height != width:
+        raise InvalidArgument(
+            f"{config.family}: orientations: found {options.orientations} with images of {height}x{width}, whose turns "
+            f"are no rotations of a warp; expected square ones: --image-size {min(height, width)}"
+        )
 
 
 def phases(config: RunConfig) -> list[Phase]:
@@ -296,9 +302,14 @@ def phases(config: RunConfig) -> list[Phase]:
 
 
 def average_pose(model: PosedVae, training: TrainingImages) -> None:
-    """The mean of the training images' poses, which samples have where the pose has no prior."""
+    """The mean of the training images' warps, an angle's a circular one: what samples have without a prior."""
     poses = torch.cat([model.posteriors(images)["pose"].mean for images in training.images()])
-    model.pose.average.copy_(poses.double().mean(0))
+    numbers = model.pose(poses).double()
+    mean = numbers.mean(0)
+    if isinstance(model.warp, Affine5):
+        angles = numbers[:, 0]
+        mean[0] = torch.atan2(angles.sin().mean(), angles.cos().mean())
+    model.pose.average.copy_(torch.from_numpy(model.warp_spec.pose(mean.cpu().numpy())))
     prior = model.prior("pose")
     if isinstance(prior, Point):
         prior.value.copy_(model.pose.average)

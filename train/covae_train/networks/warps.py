@@ -8,12 +8,10 @@ identity.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-
-Row: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class Warp(nn.Module, ABC):

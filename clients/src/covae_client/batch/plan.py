@@ -13,6 +13,7 @@ from covae_client.batch.specification import Specification
 from covae_client.batch.store import Store
 from covae_client.client import DEFAULT_ADDRESS, Client
 from covae_client.errors import InvalidArgument, NotFound
+from covae_client.plans import check_pose
 from covae_core.warp import POSES, PRIOR
 
 SHARD_SIZE = 1000
@@ -47,7 +48,7 @@ def generate(
     options = {
         "seed": arguments.seed("--seed", seed),
         "noise_seed": None if noise_seed is None else arguments.seed("--noise-seed", noise_seed),
-        "pose": _pose(pose),
+        **_pose(pose),
         "score": bool(score),
         "num_samples": arguments.integer("--num-samples", num_samples, 1, 2**31) if score else None,
     }
@@ -104,7 +105,7 @@ def edit(
     options = {
         "seed": arguments.seed("--seed", seed),
         "index": arguments.integer("--index", index, 0, arguments.MAX_INDEX),
-        "pose": _pose(pose),
+        **_pose(pose),
         "noise_seed": arguments.seed("--noise-seed", seed if noise_seed is None else noise_seed),
         "samples": arguments.integer("--samples", samples, 1, 10_000),
         "softness": float(softness),
@@ -112,10 +113,11 @@ def edit(
     return _begin("edit", model, ["condition"], None, options, edits, out, shard_size, file_format, server)
 
 
-def _pose(name: str) -> str:
+def _pose(name: str) -> dict[str, str]:
+    """Nothing of a pose from the prior, as jobs had before there were others."""
     if name not in POSES:
         raise InvalidArgument(f"--pose: found {name!r}; expected {', '.join(POSES)}")
-    return name
+    return {} if name == PRIOR else {"pose": name}
 
 
 def _begin(
@@ -137,6 +139,8 @@ def _begin(
         if lacking:
             raise NotFound(f"{model}: {server} does not serve its operation {lacking[0]!r}, which this job needs")
         spec = served.spec
+    if "pose" in options:
+        check_pose(spec, model, options["pose"])
     places = [places] if isinstance(places, (str, os.PathLike)) else places
     for place in places:
         if _is_inside(_absolute(out), _absolute(place)):
