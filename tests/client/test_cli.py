@@ -74,6 +74,25 @@ def test_edit_fixes_the_opaque_pixels_of_the_sample_that_seed_and_index_name(cov
     np.testing.assert_array_equal(pixels(folder / "sample-0.png")[~mask], original[~mask])
 
 
+@pytest.mark.parametrize("pose", ["identity", "upright"])
+def test_a_pose_that_the_model_has_not_is_refused_before_anything_is_removed(pose, covae, tmp_path):
+    assert covae("sample", "toy", "-n", 2, "--out", "drawn").returncode == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "drawn").iterdir()}
+    Image.new("RGBA", (5, 6), (1, 2, 3, 255)).save(tmp_path / "edit.png")
+    jobs = ("batch", "generate", "toy", "--count", 4, "--out", "job"), ("edit", "toy", "edit.png", "--out", "edited")
+    for words in (("sample", "toy", "-n", 1, "--out", "drawn", "--overwrite"), *jobs):
+        refused = covae(*words, "--pose", pose)
+        assert refused.returncode == 1
+        said = f"--pose: found '{pose}'; expected prior" if words[0] == "batch" and pose == "upright" else "has no pose"
+        assert said in " ".join(refused.stderr.split())
+    assert {file.name: file.read_bytes() for file in (tmp_path / "drawn").iterdir()} == before
+    assert not (tmp_path / "job").exists()
+    assert not (tmp_path / "edited").exists()
+    # As it was before there were poses: the same folder is taken again.
+    assert covae("sample", "toy", "-n", 2, "--out", "drawn", "--pose", "prior").returncode == 0
+    assert "pose" not in (tmp_path / "drawn" / "samples.json").read_text()
+
+
 def test_edit_takes_the_latent_of_an_image_from_the_encoder(covae, triton, tmp_path):
     Image.new("RGBA", (5, 6), (1, 2, 3, 255)).save(tmp_path / "edit.png")
     Image.new("RGB", (50, 60), (30, 30, 30)).save(tmp_path / "photo.png")
