@@ -14,7 +14,7 @@ from covae_train.errors import DataError
 from covae_train.families import make_config
 from covae_train.measures import Settings, find_measure
 from covae_train.measures.reconstruction import terms
-from covae_train.measures.rotation import circular_correlation
+from covae_train.measures.rotation import all_pairs_correlation, circular_correlation
 from covae_train.run import load_run
 from covae_train.training import Trainer
 
@@ -65,16 +65,31 @@ def test_rotated_data_are_the_images_turned_by_angles_that_are_known(turned):
         load_images("rotated-nowhere")
 
 
-def test_circular_correlation_is_that_of_all_pairs():
+def test_fisher_and_lees_correlation_is_that_of_all_pairs():
     random = np.random.default_rng(0)
     a, b = random.uniform(-np.pi, np.pi, (2, 40))
     b = np.where(random.random(40) < 0.6, a + 1, b)
     i, j = np.triu_indices(40, 1)
     first, second = np.sin(a[i] - a[j]), np.sin(b[i] - b[j])
     wanted = (first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum())
-    assert circular_correlation(a, b) == pytest.approx(wanted)
-    assert circular_correlation(a, a + 2) == pytest.approx(1)
-    assert circular_correlation(a, 2 - a) == pytest.approx(-1)
+    assert all_pairs_correlation(a, b) == pytest.approx(wanted)
+    assert all_pairs_correlation(a, a + 2) == pytest.approx(1)
+    assert all_pairs_correlation(a, 2 - a) == pytest.approx(-1)
+
+
+def test_circular_correlation_of_even_angles_is_the_sines_own():
+    """Jammalamadaka and SenGupta's sum over sines, about the directions that make it largest."""
+    even = np.linspace(-np.pi, np.pi, 60, endpoint=False)
+    noise = np.random.default_rng(1).vonmises(0, 3, 60)
+    grid = np.linspace(-np.pi, np.pi, 721)
+    for other in (even + 1 + noise, 2 - even + noise):
+        found = circular_correlation(even, other)
+        sums = [np.mean(np.sin(even) * np.sin(other - around)) * 2 for around in grid]
+        sums += [np.mean(np.cos(even) * np.sin(other - around)) * 2 for around in grid]
+        assert np.abs(sums).max() == pytest.approx(abs(found), abs=0.15)
+    assert circular_correlation(even, even + 2) == pytest.approx(1)
+    assert circular_correlation(even, 2 - even) == pytest.approx(-1)
+    assert abs(circular_correlation(even, np.zeros(60))) < 1e-9
 
 
 def test_the_angle_is_measured_within_classes_and_up_to_half_a_turn(run, turned, monkeypatch):
@@ -85,10 +100,10 @@ def test_the_angle_is_measured_within_classes_and_up_to_half_a_turn(run, turned,
     monkeypatch.setattr(WarpSpec, "angle", lambda warp, pose: true + halves + labels.numpy())
     figures = find_measure("rotation").compute(run, turned, Settings(images=297))
     for label in range(10):
-        symmetric = label in (0, 1, 2, 5, 8)
+        symmetric = label in (0, 1, 8)
         name = f"angle's circular correlation, class {label}" + (", up to half a turn" if symmetric else "")
         if symmetric:
-            assert figures[name].value == pytest.approx(1)
+            assert figures[name].value > 0.6  # 1, but for how unevenly thirty angles lie
         else:
             assert abs(figures[name].value) < 0.5
     assert find_measure("rotation").needs(run) is None
