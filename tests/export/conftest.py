@@ -8,6 +8,7 @@ use_threads(1)
 
 import pytest  # noqa: E402 - the waiting policy counts only before torch is imported
 
+from covae_core.operations import OPERATIONS  # noqa: E402
 from covae_export.exporting import Deployment, export_run  # noqa: E402
 from covae_train.data import ImageData, load_images  # noqa: E402
 from covae_train.families import make_config  # noqa: E402
@@ -19,6 +20,8 @@ TINY = {"data": "digits", "image_shape": (8, 8, 1), "widths": (8, 16), "latent_s
 TINY |= {"epochs": 12, "mean_epochs": 6, "mean_learning_rate": 3e-3, "learning_rate": 1e-3}
 FAMILIES = {"sos-vae": {"rank": 3}, "beta-vae": {}}
 SCORE_SAMPLES = 4
+# The operations of a model without a pose.
+EVERY = tuple(name for name, item in OPERATIONS.items() if "align" not in item.needs)
 
 
 @pytest.fixture(scope="session")

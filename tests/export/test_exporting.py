@@ -28,10 +28,7 @@ from covae_train.families import make_config
 from covae_train.run import load_run
 from covae_train.training import Trainer
 
-from .conftest import SCORE_SAMPLES, TINY
-
-# Of a model without a pose.
-EVERY = tuple(name for name, item in OPERATIONS.items() if "align" not in item.needs)
+from .conftest import EVERY, SCORE_SAMPLES, TINY
 
 FAMILIES = ["sos-vae", "beta-vae"]
 
