@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -205,8 +207,9 @@ def say(model, images, latent):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["tvae-affine5", "tvae-tps"])
 def test_the_graphs_agree_with_torch(family, larger, tmp_path):
-    turned = {"orientations": 3} if family == "tvae-affine5" else {}
-    Trainer(config(family, **turned), larger, tmp_path / "run").fit()
+    turned = {"orientations": 3, "image_shape": (10, 10, 1)} if family == "tvae-affine5" else {}
+    images = replace(larger, train=larger.train[:, :, :10].contiguous()) if turned else larger
+    Trainer(config(family, **turned), images, tmp_path / "run").fit()
     run = load_run(tmp_path / "run")
     spec = describe(run, 3, 2)
     assert spec.operations == ("decode", "encode", "sample", "draw", "score", "align")

@@ -44,7 +44,7 @@ def test_a_collapsed_training_is_begun_again_and_is_one_of_the_next_seed(poor, f
     assert all(item.seconds > 0 for item in told)
     assert steps == [*range(1, 4 * each + 1)] * 2 + [*range(1, EPOCHS * each + 1)]
     state = load_checkpoint(tmp_path / "run").state
-    assert [item["seed"] for item in state["restarts"]] == [1, 2]
+    assert [item["seed"] for item in state["begun_again"]] == [1, 2]
     Trainer(config(seed=2), few_digits, tmp_path / "other").fit()
     ours, theirs = (load_checkpoint(tmp_path / name).tensors for name in ("run", "other"))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -66,7 +66,7 @@ def test_a_crash_after_a_restart_changes_nothing(where, poor, few_digits, tmp_pa
     resumed.fit()
     found, expected = (load_checkpoint(tmp_path / name) for name in ("run", "whole"))
     assert all(torch.equal(found.tensors[name], value) for name, value in expected.tensors.items())
-    restarts = [[{**item, "seconds": 0} for item in run.state["restarts"]] for run in (found, expected)]
+    restarts = [[{**item, "seconds": 0} for item in run.state["begun_again"]] for run in (found, expected)]
     assert restarts[0] == restarts[1]
 
 
@@ -77,7 +77,7 @@ def test_a_crash_at_the_end_of_an_epoch_loses_no_check(checkpoint_steps, poor, f
     told = []
     Trainer(config(), few_digits, tmp_path / "run", checkpoint_steps=checkpoint_steps).fit(on_restart=told.append)
     state = load_checkpoint(tmp_path / "run").state
-    assert [(item["step"], item["seed"]) for item in state["restarts"]] == [(24, 1), (24, 2)]
+    assert [(item["step"], item["seed"]) for item in state["begun_again"]] == [(24, 1), (24, 2)]
 
 
 def test_a_run_that_had_ended_is_prolonged_and_not_begun_again(poor, few_digits, tmp_path):

@@ -41,7 +41,7 @@ class Phase:
     before its first step, without gradients. usable: whether a model in this phase may be evaluated and exported.
     collapsed: what is wrong with a training that has ended up in a bad local minimum, looked for without gradients
     after each epoch once CHECKED_FROM of the phase, and CHECKED_STEPS of its steps, are done; a training that has is
-    begun again (option `restarts`).
+    begun again, at most `most_restarts` times.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Phase:
     decay: float = 1.0
     clip: float | None = None
     collapsed: Callable[[Any, TrainingImages], str | None] | None = None
+    most_restarts: int = 0
 
     def rate(self, progress: float) -> float:
         """The learning rate once a share `progress` of the phase's steps is done."""

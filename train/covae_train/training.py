@@ -126,7 +126,7 @@ class Trainer:
         self.config, self.data, self.folder = config, data, folder
         self.device, self.checkpoint_steps = torch.device(device), checkpoint_steps
         use_threads(threads)
-        self.restarts: list[Restart] = []
+        self.begun_again: list[Restart] = []
         self._start_afresh()
         family = find_family(config.family)
         self.batch_size = min(getattr(config.options, "batch_size", FIT_BATCH), len(data.train))
@@ -143,7 +143,7 @@ class Trainer:
     @property
     def seed(self) -> int:
         """Of the training that is at work: the configuration's, or a later one's after restarts."""
-        return next((item.seed for item in reversed(self.restarts) if item.seed is not None), self.config.seed)
+        return next((item.seed for item in reversed(self.begun_again) if item.seed is not None), self.config.seed)
 
     def _start_afresh(self) -> None:
         """An untrained model at step 0, of the seed."""
@@ -178,7 +178,7 @@ class Trainer:
     ) -> None:
         """Train to the end, from wherever the run stands; SIGINT and SIGTERM save and stop.
 
-        A training that collapses is begun again with the next seed, as often as the family's option `restarts` says;
+        A training that collapses is begun again with the next seed, as often as its phase allows;
         on_restart is told, and told as well where none is left. The rows of the records are those of the last one.
 
         Raises:
@@ -207,7 +207,7 @@ class Trainer:
                         records.add(report.row(phase))
                     restart = self._collapse()  # before a checkpoint says that the epoch is over
                     if restart is not None:
-                        self.restarts.append(restart)
+                        self.begun_again.append(restart)
                         if restart.seed is not None:
                             self._start_afresh()
                     if restart is not None or self.step % self.checkpoint_steps == 0:
@@ -230,7 +230,7 @@ class Trainer:
 
         One that had ended before it was prolonged is not begun again: it is somebody's model.
         """
-        if self.step % self.steps_per_epoch or (self.restarts and self.restarts[-1].seed is None):
+        if self.step % self.steps_per_epoch or (self.begun_again and self.begun_again[-1].seed is None):
             return None
         trained = next(item for item in self.plan if item.start < self.step <= item.stop)
         least = max(CHECKED_FROM * (trained.stop - trained.start), CHECKED_STEPS)
@@ -240,7 +240,7 @@ class Trainer:
         why = trained.phase.collapsed(self.model, _TrainingImages(self))
         if why is None:
             return None
-        left = not self._ended and len(self.restarts) < getattr(self.config.options, "restarts", 0)
+        left = not self._ended and len(self.begun_again) < trained.phase.most_restarts
         epoch = self.step // self.steps_per_epoch
         return Restart(self.step, epoch, self.seconds, why, self.seed + 1 if left else None)
 
@@ -404,7 +404,7 @@ class Trainer:
             "seconds": self.seconds,
             "steps_per_epoch": self.steps_per_epoch,
             "data_digest": self._data_digest,
-            "restarts": [asdict(item) for item in self.restarts],
+            "begun_again": [asdict(item) for item in self.begun_again],
             "ended": self._ended or self.finished,
         }
         save_checkpoint(self.folder, Checkpoint(tensors, state))
@@ -424,7 +424,7 @@ class Trainer:
             self.random.set_state(checkpoint.tensors["random"])
             self.step = self.saved_step = operator.index(state["step"])
             self.seconds, self._begun = float(state["seconds"]), [str(key) for key in state["begun"]]
-            self.restarts = [Restart(**item) for item in state.get("restarts", ())]
+            self.begun_again = [Restart(**item) for item in state.get("begun_again", ())]
             self._ended = bool(state.get("ended", state["finished"]))
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{self.folder / CHECKPOINT_FILE}: it does not fit {CONFIG_FILE}: {error}") from error

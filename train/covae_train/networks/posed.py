@@ -296,7 +296,14 @@ def phases(config: RunConfig) -> list[Phase]:
     """One, by the bound; the average pose of the training images after it."""
     options = cast(PosedOptions, config.options)
     return [
-        Phase("all", options.epochs, options.learning_rate, negative_bound, collapsed=collapsed),
+        Phase(
+            "all",
+            options.epochs,
+            options.learning_rate,
+            negative_bound,
+            collapsed=collapsed,
+            most_restarts=options.restarts,
+        ),
         Phase("average pose", 0, begin=average_pose),
     ]
 
