@@ -15,6 +15,7 @@ from rich.console import Console
 
 from covae_apps.demo.figures import STYLE
 from covae_core.errors import InvalidArgument
+from covae_core.warp import DEGREES
 from covae_train.cli import config_for, fit_with_progress
 from covae_train.data import ImageData
 from covae_train.families import find_family
@@ -127,7 +128,12 @@ STRUCTURED_COLUMNS = {
 }
 # Figure 5's total lengths, of the latent and the pose together: those that leave the latent a number at least.
 POSE_TOTALS = (2, 6, 10, 20, 30)
-POSE_DEGREES = {"vae": 0, "tvae-affine": 6, "tvae-tps": 18, "dtvae-affine": 6}
+POSE_DEGREES = {
+    "vae": 0,
+    "tvae-affine": DEGREES["affine"],
+    "tvae-tps": DEGREES["thin-plate-spline"],
+    "dtvae-affine": DEGREES["affine"],
+}
 THESIS_VAE = {"network": "dense", "density": "bernoulli"}
 PROBED = "linear probe, test accuracy, %"
 # Table 1's test accuracies by family and length of the latent.

@@ -13,14 +13,18 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
 from covae_core.errors import InvalidArgument
 from covae_train.calibration import can_calibrate
-from covae_train.data import ImageData
+from covae_train.data import ImageData, in_units
 from covae_train.run import TrainedRun
+
+# Images that go through an encoder at a time.
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,12 @@ def find_measure(name: str) -> Measure:
     if name not in known:
         raise InvalidArgument(f"--measure: found {name!r}; expected one of {', '.join(known)}")
     return known[name]
+
+
+@torch.no_grad()
+def posterior_means(run: TrainedRun, images: Tensor, latent: str) -> Tensor:
+    """The posteriors' means of one latent, of images (N, C, H, W) uint8. shape: (N, *latent_shape)"""
+    return torch.cat([run.model.posteriors(in_units(rows))[latent].mean for rows in torch.split(images, ROWS)])
 
 
 def mean_of(values: Tensor, digits: int = 3) -> Estimate:

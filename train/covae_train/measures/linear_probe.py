@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,24 +21,20 @@ from torch import Tensor, nn
 
 from covae_train.data import ImageData, in_units, labels_of
 from covae_train.fitted_normal import FittedNormal
-from covae_train.measures import Estimate, Measure, Settings, needs_encoder, register
+from covae_train.measures import Estimate, Measure, Settings, needs_encoder, posterior_means, register
 from covae_train.run import TrainedRun
 
-ROWS, FOLDS = 500, 9
+FOLDS = 9
+Features: TypeAlias = Callable[[TrainedRun, Tensor], NDArray[np.float64]]
 
 
 @torch.no_grad()
 def features(run: TrainedRun, images: Tensor) -> NDArray[np.float64]:
     """What is probed of images (N, C, H, W) uint8. shape: (N, features)"""
-    found = []
-    for rows in torch.split(images, ROWS):
-        units = in_units(rows)
-        if isinstance(run.model, FittedNormal):
-            directions = nn.functional.normalize(run.model.factor.flatten(1))
-            found.append((units - run.model.mean).flatten(1) @ directions.mT)
-        else:
-            found.append(run.model.posteriors(units)["latent"].mean.flatten(1))
-    return torch.cat(found).double().numpy()
+    if isinstance(run.model, FittedNormal):
+        directions = nn.functional.normalize(run.model.factor.flatten(1))
+        return ((in_units(images) - run.model.mean).flatten(1) @ directions.mT).double().numpy()
+    return posterior_means(run, images, "latent").flatten(1).double().numpy()
 
 
 def pixels(run: TrainedRun, images: Tensor) -> NDArray[np.float64]:
@@ -44,20 +42,7 @@ def pixels(run: TrainedRun, images: Tensor) -> NDArray[np.float64]:
     return in_units(images).flatten(1).double().numpy()
 
 
-def probed(
-    what: Callable[[TrainedRun, Tensor], NDArray[np.float64]], name: str
-) -> Callable[[TrainedRun, ImageData, Settings], Mapping[str, Estimate]]:
-    """A measure's computation, of some features of images."""
-
-    def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:
-        return probe(run, what, name, settings.seed)
-
-    return compute
-
-
-def probe(
-    run: TrainedRun, what: Callable[[TrainedRun, Tensor], NDArray[np.float64]], name: str, seed: int
-) -> Mapping[str, Estimate]:
+def probe(run: TrainedRun, data: ImageData, settings: Settings, what: Features, name: str) -> Mapping[str, Estimate]:
     """Percentages. The classifier is fitted to all training images, whatever the run's limit.
 
     Raises:
@@ -69,7 +54,7 @@ def probe(
 
     images, labels, tested, truth = labels_of(run.config.data, run.config.image_shape, run.config.column)
     known, asked = what(run, images), what(run, tested)
-    machine = LinearSVC(dual="auto", random_state=seed)
+    machine = LinearSVC(dual="auto", random_state=settings.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # after the default 1,000 iterations, as the thesis's too
         parts = 100 * cross_val_score(machine, known, labels.numpy(), cv=FOLDS)
@@ -85,7 +70,7 @@ register(
     Measure(
         "linear-probe",
         "accuracy of a linear SVM on the latent's mean; needs labels",
-        probed(features, "linear probe"),
+        partial(probe, what=features, name="linear probe"),
         needs_encoder,
     )
 )
@@ -93,6 +78,6 @@ register(
     Measure(
         "pixel-probe",
         "the same of raw pixels, whatever the run: what linear-probe is held against; minutes",
-        probed(pixels, "linear probe of pixels"),
+        partial(probe, what=pixels, name="linear probe of pixels"),
     )
 )

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from covae_train.data import ROTATED, ImageData, in_units, labels_of, rotation_angles, unrotated
+from covae_train.data import ROTATED, ImageData, labels_of, rotation_angles, unrotated
 from covae_train.errors import DataError
-from covae_train.measures import Estimate, Measure, Settings, register
+from covae_train.measures import Estimate, Measure, Settings, posterior_means, register
 from covae_train.run import TrainedRun
 
-ROWS = 256
 # Of so few images of a class nothing is said.
 FEWEST = 5
 # Digits that half a turn leaves much as they are: their angles are compared up to that.
@@ -39,13 +38,11 @@ def all_pairs_correlation(first: NDArray[np.float64], second: NDArray[np.float64
     return float(found)
 
 
-@torch.no_grad()
-def found_angles(run: TrainedRun, images: torch.Tensor) -> NDArray[np.float64]:
+def found_angles(run: TrainedRun, images: Tensor) -> NDArray[np.float64]:
     """Of images (N, C, H, W) uint8, the angles of their poses' means, (N,)."""
     warp = run.model.warp_spec
     assert warp is not None
-    poses = [run.model.posteriors(in_units(rows))["pose"].mean for rows in torch.split(images, ROWS)]
-    return warp.angle(torch.cat(poses).numpy())
+    return warp.angle(posterior_means(run, images, "pose").numpy())
 
 
 def compute(run: TrainedRun, data: ImageData, settings: Settings) -> Mapping[str, Estimate]:

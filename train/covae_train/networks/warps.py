@@ -46,18 +46,19 @@ class Warp(nn.Module, ABC):
         """Where each pixel comes from, x and y. shape: (B, degrees) → (B, H, W, 2)"""
         return self._at(self.coefficients(pose))
 
+    @abstractmethod
     def inverse(self, pose: Tensor) -> Tensor:
         """As grid, of the inverse."""
-        return torch.stack(self.undo(pose), dim=-1)
 
     def places(self, pose: Tensor) -> tuple[Tensor, Tensor]:
         """The grid's x and y, (B, H, W) each."""
         x, y = self.grid(pose).unbind(-1)
         return x, y
 
-    @abstractmethod
     def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
         """As places, of the inverse."""
+        x, y = self.inverse(pose).unbind(-1)
+        return x, y
 
     def forward(self, images: Tensor, pose: Tensor, inverse: bool = False) -> Tensor:
         """The warped images; those of the pose undone where `inverse`. images: (B, C, H, W)"""
@@ -85,11 +86,6 @@ class AffineWarp(Warp):
     def inverse(self, pose: Tensor) -> Tensor:
         """In closed form."""
         return self._at(self.inverted(pose))
-
-    def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse's x and y."""
-        x, y = self.inverse(pose).unbind(-1)
-        return x, y
 
 
 def columns(*rows: Tensor) -> Tensor:
@@ -180,7 +176,7 @@ class ThinPlate(Warp):
         shifted: Tensor = self.points + pose.reshape(-1, 2, self.SIDE**2).mT
         return shifted
 
-    def undo(self, pose: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, pose: Tensor) -> Tensor:
         """By Newton's method from where the shifts themselves point; right where the spline does not fold."""
         shifts = pose.reshape(-1, 2, 1, self.SIDE**2)
         across, down = ((self.of_points * axis).sum(-1)[:, None, None] for axis in shifts.unbind(1))
@@ -192,7 +188,7 @@ class ThinPlate(Warp):
             determinant = ((1 + dxx) * (1 + dyy) - dxy * dyx).clamp(min=self.LEAST)
             x = (x - ((1 + dyy) * off_x - dxy * off_y) / determinant).clamp(-self.REACH, self.REACH)
             y = (y - ((1 + dxx) * off_y - dyx * off_x) / determinant).clamp(-self.REACH, self.REACH)
-        return x, y
+        return torch.stack([x, y], dim=-1)
 
     def _shift(self, x: Tensor, y: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How far one axis is shifted at places, and the derivatives of that by x and y, (B, H, W) each.
