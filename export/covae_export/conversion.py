@@ -1,4 +1,4 @@
-"""torch graph to ONNX file: symbolic batch axis, the contract's names, weights inside the file."""
+"""torch graph to ONNX file: symbolic batch axis, the contract's names, weights inside, no trace of who made it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import warnings
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor
 
 from covae_core.backends import using_backend
@@ -66,10 +68,21 @@ def convert(graph: Graph, path: Path) -> None:
             )
             assert program is not None
             fill_packets(program.model)
+            _forget_origin(program.model)
             program.save(str(path), external_data=False)
     except Exception as error:  # torch.onnx's errors have no common base below Exception
         raise ExportError(f"{operation.name}: torch cannot export this graph to ONNX: {error}") from error
     _check_axes(path, spec, operation)
+
+
+def _forget_origin(model: ir.Model) -> None:
+    """Remove what torch notes of each node: the lines of source that made it, with this machine's paths."""
+    ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    graph.metadata_props.clear()
+    made = (value for node in ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs)
+    for value in (*graph.inputs, *graph.initializers.values(), *made):
+        value.metadata_props.clear()
 
 
 def _check_axes(path: Path, spec: ModelSpec, operation: Operation) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import os
 import shutil
 import signal
@@ -23,12 +22,13 @@ from pathlib import Path
 from covae_core.contract import MOST_NAME, NAME_PATTERN, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, Operation, served_names
-from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, write_release
+from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, graph_digest, write_release
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
 from covae_export.graphs import build_graph, describe
 from covae_export.triton_config import build_config, to_text
 from covae_export.verification import Disagreement, refuse_unacceptable, verify
+from covae_export.weights import share_weights
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 from covae_train.threads import use_threads
@@ -118,6 +118,7 @@ def export_run(
                 on_operation(operation)
                 disagreements += found()
             refuse_unacceptable(disagreements)
+            share_weights([staging / operation for operation in spec.operations])
             with _locked(repository):
                 version = publish(staging, repository, name, spec, deployment)
     except OSError as error:
@@ -274,12 +275,12 @@ def default_score_samples(image_shape: tuple[int, int, int]) -> int:
 
 
 def publish(staging: Path, repository: Path, name: str, spec: ModelSpec, deployment: Deployment) -> int:
-    """Publish graphs as the next version of a model, which comes back; staging: OPERATION/model.onnx of each of spec's.
+    """Publish graphs as the next version of a model, which comes back; staging: a folder of each of spec's operations.
 
     Moves the folders into place, then switches to them, then tells it to Tritons that nobody supervises.
     """
     version = _next_version(repository, name)
-    graphs = {operation: _sha256(staging / operation / MODEL_FILE) for operation in spec.operations}
+    graphs = {operation: graph_digest(staging / operation) for operation in spec.operations}
     spec = spec.exported(graphs)
     for operation in spec.operations:
         wanted = vars(_deployment_of(OPERATIONS[operation], spec, deployment))
@@ -295,11 +296,6 @@ def publish(staging: Path, repository: Path, name: str, spec: ModelSpec, deploym
         shutil.copyfile(entry / str(version) / CONFIG_FILE, draft)
         draft.replace(entry / CONFIG_FILE)
     return version
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _next_version(repository: Path, name: str) -> int:

@@ -33,7 +33,7 @@ def build_config(
 
     Args:
         version: the one that it is of; Triton serves no other
-        graph_digest: the SHA-256 of the operation's graph, which the backend checks when it loads it
+        graph_digest: the SHA-256 of the operation's graph and its weights, which the backend checks when it loads it
         instances: processes per model (per GPU with `gpu`)
         instance_kind: `cpu`, `gpu`, or `auto` (the GPU where there is one; needs the extra `gpu` there)
         threads: threads with which one instance runs its graph on the CPU

@@ -12,7 +12,15 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelVersionPolicy
 from covae_core.contract import GRAPH_DIGEST, MOST_NAME, NAME_PATTERN, PLATFORM_BACKEND, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, split_served_name
-from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, read_release, release_file
+from covae_core.release import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILES,
+    Release,
+    read_release,
+    release_file,
+    weights_files,
+)
 from covae_serving.errors import ServingError
 
 # What may stand in a config.pbtxt. Others make Triton run code, unpack archives, load libraries or read files.
@@ -185,10 +193,12 @@ def _check_harmless(path: Path, config: ModelConfig, version: Path) -> None:
         for key in accelerator.parameters:
             if any(word in key.lower() for word in NAMES_OF_FILES):
                 raise HarmfulError(f"{path}: found the accelerator's parameter {key}, which names a file; {AGAIN}")
+    known = {version / MODEL_FILE, version / CONFIG_FILE, *weights_files(version)}
     for file in version.iterdir() if version.is_dir() else ():
-        if file.name not in (MODEL_FILE, CONFIG_FILE) and not file.name.startswith("."):
+        if file not in known and not file.name.startswith("."):
             raise HarmfulError(
-                f"{file}: a version holds {MODEL_FILE} and {CONFIG_FILE} alone; move this file away, or {AGAIN}"
+                f"{file}: a version holds {MODEL_FILE}, {WEIGHTS_FILES} and {CONFIG_FILE} alone; move this file "
+                f"away, or {AGAIN}"
             )
 
 

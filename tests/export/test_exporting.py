@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from covae_core.contract import ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS
-from covae_core.release import Release, read_release, write_release
+from covae_core.release import Release, read_release, weights_files, write_release
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
 from covae_export.exporting import Deployment, export_run, find_leftovers
@@ -187,14 +187,21 @@ def test_an_entry_for_each_operation_of_one_version_are_published_and_nothing_el
     release = read_release(repository, family)
     assert (release.version, release.operations) == (1, EVERY)
     for entry in entries:
-        files = {"1", "1/model.onnx", "1/config.pbtxt", "config.pbtxt"}
+        weights = weights_files(repository / entry / "1")
+        files = {"1", "1/model.onnx", *(f"1/{path.name}" for path in weights), "1/config.pbtxt", "config.pbtxt"}
+        assert weights
         assert set(snapshot(repository / entry)) == files
         content = (repository / entry / "1" / "config.pbtxt").read_bytes()
         assert content == (repository / entry / "config.pbtxt").read_bytes()
         config = read_config(repository / entry / "config.pbtxt")
         assert (config.name, ModelSpec.from_config(config).model_digest) == (entry, release.model_digest)
-        graph = (repository / entry / "1" / "model.onnx").read_bytes()
-        assert config.parameters["graph_sha256"].string_value == hashlib.sha256(graph).hexdigest()
+        parts = [path.read_bytes() for path in (repository / entry / "1" / "model.onnx", *weights)]
+        assert config.parameters["graph_sha256"].string_value == hashlib.sha256(b"".join(parts)).hexdigest()
+    # The decoder's weights are one file.
+    (decoders, *_), scorers = (
+        weights_files(repository / served_name(family, name) / "1") for name in ("decode", "score")
+    )
+    assert any(decoders.samefile(path) for path in scorers)
 
 
 @pytest.mark.slow
@@ -228,6 +235,9 @@ def test_a_second_export_is_version_2_beside_an_unchanged_version_1(runs, reposi
     configs = {"beta-vae.json", *(f"{entry}/config.pbtxt" for entry in entries.values())}
     assert all(after[path] == content for path, content in before.items() if path not in configs)
     added = {f"{entry}/2{file}" for entry in entries.values() for file in ("", "/model.onnx", "/config.pbtxt")}
+    added |= {
+        str(path.relative_to(copied)) for entry in entries.values() for path in weights_files(copied / entry / "2")
+    }
     assert set(after) - set(before) == added
     for operation, entry in entries.items():
         config = read_config(copied / entry / "config.pbtxt")

@@ -130,7 +130,7 @@ def test_a_configuration_that_would_have_triton_run_something_else_is_refused(li
 @pytest.mark.parametrize("name", ["model.py", "libtriton_evil.so", "model.onnx.data"])
 def test_a_version_with_other_files_is_refused(name, repository):
     (repository / "toy_sample" / "1" / name).write_text("")
-    with pytest.raises(ServingError, match=rf"1/{name}: a version holds model\.onnx and config\.pbtxt alone"):
+    with pytest.raises(ServingError, match=rf"1/{name}: a version holds model\.onnx, weights-\*\.bin and config"):
         served(repository)
 
 

@@ -53,6 +53,16 @@ def test_a_graph_that_is_not_the_configurations_is_not_served(write_release_of_t
         service.start()
 
 
+def test_weights_that_are_not_the_configurations_are_not_served(write_release_of_toy, tmp_path):
+    path = write_release_of_toy(tmp_path, 1) / "toy_sample" / "1" / "weights-000.bin"
+    path.write_bytes(b"another export's")
+    service = Service(tmp_path, grpc_port=0, metrics_port=0)
+    with pytest.raises(
+        ServingError, match=r"1/model\.onnx: its SHA-256 is .*: it or its weights beside it are damaged"
+    ):
+        service.start()
+
+
 def test_a_crash_does_not_change_the_model_under_a_client(write_release_of_toy, tmp_path, serve, own_stubs, caplog):
     service = serve(write_release_of_toy(tmp_path, 1))
     with Client(service.grpc_address) as client:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from covae_train.families import build_model
-from covae_train.objective import Multipliers, Terms
+from covae_train.families import build_model, find_family, make_config
+from covae_train.objective import Batch, Multipliers, Terms
 
 from .toys import bound_terms, decoded, kl_and_entropy, tiny_config
 
@@ -188,3 +188,26 @@ def test_a_share_of_the_first_phases_loss_holds_the_mean_and_leaves_the_bound_al
 def test_without_constraints_the_lagrangian_is_the_objective():
     terms = terms_of(torch.ones(3), torch.ones(3), torch.ones(3))
     assert Multipliers([], 0.0).lagrangian(terms) is terms.objective
+
+
+def test_a_term_without_a_target_counts_once_and_has_no_multiplier():
+    kl = torch.tensor([3.0, 5.0], requires_grad=True)
+    terms = Terms(torch.tensor(7.0), torch.zeros(2), kl, torch.zeros(2))
+    held = Multipliers(kl_and_entropy(kl=None), 250.0, momentum=0.9)
+    assert list(held.parameters()) == []
+    loss = held.lagrangian(terms)
+    loss.backward()
+    assert loss.item() == 11
+    assert kl.grad.tolist() == [0.5, 0.5]
+
+
+def test_without_a_target_a_step_descends_the_negative_bound():
+    options = {"data": "digits", "image_shape": (8, 8, 1), "widths": (8, 16), "epochs": 2, "target_kl": "none"}
+    config = make_config(family="beta-vae", **options)
+    assert make_config(family="beta-vae", **{**options, "target_kl": "3.5"}).options.target_kl == 3.5
+    family, model = find_family("beta-vae"), build_model(config).eval()
+    batch = Batch(torch.rand(4, 1, 8, 8), {"latent": torch.randn(4, *model.latents["latent"])})
+    terms = family.phases(config)[-1].loss(model, batch)
+    constraints = family.constraints(config)
+    held = Multipliers(constraints.items, constraints.damping, constraints.momentum)
+    torch.testing.assert_close(held.lagrangian(terms), -terms.bound.mean())

@@ -51,6 +51,10 @@ class ObjectiveOptions(ResidualOptions):
         None, description=f"of the constraints, per nat per image  [{DAMPING:g}, paper: {PAPER_DAMPING:g}]"
     )
 
+    def kl(self) -> Constraint:
+        """ξ_KL of SOS-VAE's equation 3."""
+        return Constraint("kl", lambda terms: terms.kl, None if self.target_kl == "none" else self.target_kl)
+
     def held(self, config: RunConfig, items: Sequence[Constraint]) -> Constraints:
         """Terms held at targets, as the objective holds them.
 

@@ -58,11 +58,11 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class Constraint:
-    """A term of the bound held at a target, in nats per image."""
+    """A term of the bound held at a target, in nats per image; without one it is added to what is descended."""
 
     name: str
     term: Callable[[Terms], Tensor]
-    target: float
+    target: float | None
 
 
 def encoded(model: ImageModel, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -94,9 +94,10 @@ class Multipliers(nn.Module):
         super().__init__()
         self.constraints = tuple(constraints)
         self.damping, self.momentum = damping, momentum
-        self.values = nn.ParameterDict({item.name: nn.Parameter(torch.zeros(())) for item in constraints})
+        held = [item for item in constraints if item.target is not None]
+        self.values = nn.ParameterDict({item.name: nn.Parameter(torch.zeros(())) for item in held})
         if momentum:
-            for item in constraints:
+            for item in held:
                 self.register_buffer(f"running_{item.name}", torch.zeros(()))
 
     def lagrangian(self, terms: Terms) -> Tensor:
@@ -108,7 +109,11 @@ class Multipliers(nn.Module):
         loss = terms.objective
         for item in self.constraints:
             term = item.term(terms)
-            if term.requires_grad:
+            if not term.requires_grad:
+                continue
+            if item.target is None:
+                loss = loss + term.mean()
+            else:
                 violation = term.mean() - item.target
                 loss = loss + self.values[item.name] * violation + self._damp(item.name, violation)
         return loss

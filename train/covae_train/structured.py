@@ -27,7 +27,7 @@ from covae_train.mean_first import (
     shown,
 )
 from covae_train.networks.residual import size_defaults
-from covae_train.objective import Batch, Constraint, Terms, encoded
+from covae_train.objective import Batch, Terms, encoded
 from covae_train.phases import Loss, TrainingImages
 
 Colour = Literal["rgb", "ycbcr"]
@@ -260,4 +260,4 @@ def structured_constraints(config: RunConfig) -> Constraints:
     options = cast(StructuredOptions, config.options)
     if options.objective == "paper":
         return Constraints()
-    return options.held(config, [Constraint("kl", lambda terms: terms.kl, options.target_kl)])
+    return options.held(config, [options.kl()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from covae_apps.bench.sessions import one_call
 from covae_apps.bench.stopwatch import UNDISTURBED, described, machine, markdown, write_record
 from covae_client import Client
 from covae_core.contract import ModelSpec
-from covae_core.release import MODEL_FILE
+from covae_core.release import MODEL_FILE, weights_files
 from covae_serving.repository import ServedModel, read_repository
 from covae_serving.service import Service
 
@@ -56,11 +57,11 @@ def measure(operations: Sequence[ServedModel], repository: Path, repeats: int, t
     first = next(iter(graphs)) if "sample" not in graphs else "sample"
     alone = {item: most_of(one_call, graphs[item], feeds[item], threads) for item in graphs}
     with TemporaryDirectory(prefix="covae-bench-") as place:
-        apart = with_weights_apart(graphs[first], Path(place))
+        whole = with_weights_inside(graphs[first], Path(place))
         ways = {
             "as it is": alone[first],
             "its weights not prepacked": most_of(one_call, graphs[first], feeds[first], threads, False),
-            "its weights mapped from a file of their own": most_of(one_call, apart, feeds[first], threads),
+            "its weights inside its graph's file": most_of(one_call, whole, feeds[first], threads),
         }
     starts: list[float] = []
     served: dict[str, float] = {}
@@ -75,7 +76,7 @@ def measure(operations: Sequence[ServedModel], repository: Path, repeats: int, t
     return {
         "image_shape": spec.image_shape,
         "weights_mb": weights_once(graphs.values()) / 1e6,
-        "disk_mb": {item: path.stat().st_size / 1e6 for item, path in graphs.items()},
+        "disk_mb": on_disk(graphs),
         "in_process_mb": alone,
         "one_session": first,
         "ways_mb": ways,
@@ -88,17 +89,32 @@ def weights_once(graphs: Iterable[Path]) -> int:
     """Bytes of the different tensors that graphs hold."""
     sizes = {}
     for path in graphs:
-        for tensor in onnx.load(path).graph.initializer:
+        for tensor in whole_graph(path).graph.initializer:
             data = onnx.numpy_helper.to_array(tensor).tobytes()
             sizes[hashlib.sha256(data).digest()] = len(data)
     return sum(sizes.values())
 
 
-def with_weights_apart(graph: Path, place: Path) -> Path:
-    """The same graph, its weights in a file beside it."""
-    apart = place / MODEL_FILE
-    onnx.save_model(onnx.load(graph), apart, save_as_external_data=True, location="weights")
-    return apart
+def on_disk(graphs: Mapping[str, Path]) -> dict[str, float]:
+    """MB of each operation's graph, and of their weights' files, of which one with several names counts once."""
+    beside = [file.stat() for path in graphs.values() for file in weights_files(path.parent)]
+    files = {status.st_ino: status.st_size for status in beside}
+    return {item: path.stat().st_size / 1e6 for item, path in graphs.items()} | {"weights": sum(files.values()) / 1e6}
+
+
+def with_weights_inside(graph: Path, place: Path) -> Path:
+    """The same graph as one file."""
+    whole = place / MODEL_FILE
+    onnx.save_model(whole_graph(graph), whole)
+    return whole
+
+
+def whole_graph(path: Path) -> onnx.ModelProto:
+    """A graph with its weights, from copies: `onnx.load` refuses files with several names, as another's may be."""
+    with TemporaryDirectory(prefix="covae-bench-") as place:
+        for file in (path, *weights_files(path.parent)):
+            shutil.copyfile(file, Path(place, file.name))
+        return onnx.load(Path(place, path.name))
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
@@ -118,7 +134,7 @@ def _about(item: Mapping[str, Any]) -> list[str]:
          f"{sum(disk.values()) / item['weights_mb']:.1f} times the weights", f"≤ {DISK:.1f}"],
         ["from start to ready", f"{start:.1f} s", "", f"≤ {START_S:.1f} s"],
     ]  # fmt: skip
-    operations = [[name, f"{disk[name]:,.0f}", f"{alone[name]:,.0f}"] for name in disk]
+    operations = [[name, f"{disk[name]:,.1f}", f"{alone[name]:,.0f}" if name in alone else ""] for name in disk]
     processes = sorted(served.items(), key=lambda pair: -pair[1])
     return [
         f"{item['model']}, {'×'.join(map(str, item['image_shape']))}, {item['weights_mb']:,.0f} MB of weights, one "

@@ -70,8 +70,9 @@ asks again until then.""",
     ),
     footprint.NAME: Section(
         "Memory, disk, start",
-        """What a model with all its operations takes of a machine. Each operation is a graph of its own with its own
-weights, in a process of its own: one that dies or hangs takes no other with it.""",
+        """What a model with all its operations takes of a machine. Each operation is a graph of its own, in a process
+of its own: one that dies or hangs takes no other with it. Weights are stored once and mapped by all processes that
+serve them; ONNX Runtime then rearranges those of convolutions for the processor, in memory of each process.""",
         footprint.as_markdown,
     ),
     training.NAME: Section(

@@ -16,6 +16,7 @@ from covae_core.release import MODEL_FILE
 from covae_export.conversion import convert
 from covae_export.exporting import Deployment, default_score_samples, publish
 from covae_export.graphs import build_graph
+from covae_export.weights import share_weights
 from covae_train.families import families
 
 DRAWS = 8
@@ -49,6 +50,7 @@ def untrained_repository(
                 for name in spec.operations:
                     Path(graphs, name).mkdir()
                     convert(build_graph(OPERATIONS[name], model, spec), Path(graphs, name, MODEL_FILE))
+                share_weights([Path(graphs, name) for name in spec.operations])
                 publish(Path(graphs), Path(place), family, spec, Deployment(threads=threads, **(deployment or {})))
         yield Path(place)
 

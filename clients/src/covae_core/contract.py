@@ -36,7 +36,7 @@ MODEL_DIGEST = "model_digest"
 # Triton's name of the token that a server may ask of every request; the header is TOKEN_HEADER.
 TOKEN_NAME = "covae-token"
 TOKEN_HEADER = f"triton-grpc-protocol-{TOKEN_NAME}"
-# A configuration's parameter: the SHA-256 of the operation's graph, in hexadecimal.
+# A configuration's parameter: the SHA-256 of the operation's graph and its weights, in hexadecimal.
 GRAPH_DIGEST = "graph_sha256"
 # A model has one of these latents, both, or none; their streams of noise, of the prior and of the posterior.
 LATENT_STREAMS: Mapping[str, tuple[Stream, Stream]] = {

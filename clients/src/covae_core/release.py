@@ -2,11 +2,12 @@
 
 NAME.json                     the release: version, operations, digest
 NAME_operation/config.pbtxt   for a Triton that nobody supervises: the newest version's, one operation after another
-NAME_operation/V/             model.onnx and config.pbtxt of version V, which never change
+NAME_operation/V/             model.onnx, its weights-K.bin and config.pbtxt of version V, which never change
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from covae_core.errors import InvalidArgument
 
 MODEL_FILE = "model.onnx"
+# Weights of a version's graphs, each in one file with a name in the folder of every operation that uses it.
+WEIGHTS_FILES = "weights-*.bin"
 CONFIG_FILE = "config.pbtxt"
 
 
@@ -25,6 +28,26 @@ class Release:
     version: int
     operations: tuple[str, ...]
     model_digest: str
+
+
+def graph_digest(folder: Path) -> str:
+    """The SHA-256 of a version's graph and of its weights' files after it, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in (folder / MODEL_FILE, *weights_files(folder)):
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_file(number: int) -> str:
+    """The name of a version's file of weights with that number, from 0 on."""
+    return WEIGHTS_FILES.replace("*", f"{number:03}")
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files of weights that a version's folder holds, in the order of their names."""
+    return sorted(folder.glob(WEIGHTS_FILES))
 
 
 def release_file(repository: Path, name: str) -> Path:

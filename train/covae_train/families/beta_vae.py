@@ -14,7 +14,6 @@ from covae_train.families import Constraints, Family, register
 from covae_train.image_model import MeanFirstHead, Vae
 from covae_train.mean_first import ObjectiveOptions, likelihood, likelihood_phases, objective_defaults, paper_phases
 from covae_train.networks.residual import Decoder, Encoder, size_defaults
-from covae_train.objective import Constraint
 from covae_train.phases import Phase
 
 
@@ -62,8 +61,7 @@ def defaults(image_shape: ImageShape) -> Mapping[str, Any]:
 def constraints(config: RunConfig) -> Constraints:
     """ξ_KL of equation 3; the paper found an entropy target detrimental to a β-VAE."""
     options = cast(BetaVaeOptions, config.options)
-    kl = Constraint("kl", lambda terms: terms.kl, options.target_kl)
-    return options.held(config, [kl])
+    return options.held(config, [options.kl()])
 
 
 register(

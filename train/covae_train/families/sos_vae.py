@@ -149,11 +149,10 @@ def constraints(config: RunConfig) -> Constraints:
     options = cast(SosVaeOptions, config.options)
     kappa = options.kappa or default_kappa(config.image_size, options.rank, options.variance)
     floor = 0.5 * config.image_size * log(2 * pi * e * options.variance)
-    kl = Constraint("kl", lambda terms: terms.kl, options.target_kl)
     if options.objective == "likelihood":
-        return options.held(config, [kl])
+        return options.held(config, [options.kl()])
     entropy = Constraint("entropy", lambda terms: terms.entropy, floor + kappa * options.rank)
-    return options.held(config, [kl, entropy])
+    return options.held(config, [options.kl(), entropy])
 
 
 register(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -43,7 +43,9 @@ class ResidualOptions(NetworkOptions):
         description="passes of the first phase, which trains the mean alone  [half]",
     )
     mean_learning_rate: PositiveFloat = Field(description="Adam's, while only the mean is trained")
-    target_kl: PositiveFloat = Field(description="ξ_KL, nats per image")
+    target_kl: PositiveFloat | Literal["none"] = Field(
+        description="ξ_KL, nats per image, or none: the KL counts once, as in the evidence lower bound"
+    )
 
     @model_validator(mode="after")
     def _check_epochs(self) -> Self:

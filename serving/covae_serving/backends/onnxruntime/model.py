@@ -86,7 +86,7 @@ LARGEST = 1e6
 # A request's parameter: names of outputs that it wants as 16-bit floats, with commas; `covae_core.contract.HALVED`.
 HALVED = "halved"
 # Another: the digest of the model that it is meant for; `covae_core.contract.MODEL_DIGEST`. And a parameter of the
-# config: the SHA-256 of the graph; `covae_core.contract.GRAPH_DIGEST`.
+# config: the SHA-256 of the graph and its weights; `covae_core.contract.GRAPH_DIGEST`.
 MODEL_DIGEST = "model_digest"
 GRAPH_DIGEST = "graph_sha256"
 # From 0.1 ms to 52 s, each twice the one before.
@@ -454,23 +454,25 @@ def check_output(tensor: Tensor, array: Array, rows: int | None) -> Array:
 
 
 def load_session(path: Path, digest: str, options: Any, wanted: list[tuple[str, dict[str, str]]]) -> Any:
-    """Open the graph on the wanted providers. digest: its SHA-256; "" of a config that does not tell.
+    """Open the graph on the wanted providers. digest: its and its weights' SHA-256; "" of a config that does not tell.
+
+    Weights in files of their own are mapped: processes that serve operations of one model share what they do not
+    rearrange.
 
     Raises:
-        LoadError: the file is missing, another than the config's, or no ONNX graph, or a provider is absent or did not
+        LoadError: a file is missing, another than the config's, or no ONNX graph, or a provider is absent or did not
             start.
     """
     try:
-        graph = path.read_bytes()
+        found = digest_of(path)
     except FileNotFoundError:
         raise LoadError("no such file; export the model again") from None
     except OSError as error:
         raise LoadError(f"{error.strerror}; may this user read it?") from error
-    found = hashlib.sha256(graph).hexdigest()
     if digest not in ("", found):
         raise LoadError(
-            f"its SHA-256 is {found[:12]}…, config.pbtxt has {digest[:12]}…: the file is damaged or another's; export "
-            "the model again"
+            f"its SHA-256 is {found[:12]}…, config.pbtxt has {digest[:12]}…: it or its weights beside it are damaged "
+            "or another's; export the model again"
         )
     available = ort.get_available_providers()
     missing = [name for name, _ in wanted if name not in available]
@@ -483,13 +485,23 @@ def load_session(path: Path, digest: str, options: Any, wanted: list[tuple[str, 
         # CUDA and cuDNN may have come as Python packages, where the dynamic loader does not look.
         ort.preload_dlls()
     try:
-        session = ort.InferenceSession(graph, sess_options=options, providers=wanted)
+        session = ort.InferenceSession(str(path), sess_options=options, providers=wanted)
     except Exception as error:
         raise LoadError(f"ONNX Runtime cannot load it: {error}; export the model again") from error
     if session.get_providers()[0] != wanted[0][0]:
         # ONNX Runtime falls back to the CPU with a mere warning, a hundred times slower.
         raise LoadError(f"{wanted[0][0]} did not start, ONNX Runtime fell back to {session.get_providers()}")
     return session
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a graph's file and of its weights' after it; `covae_core.release.graph_digest`."""
+    digest = hashlib.sha256()
+    for file in (path, *sorted(path.parent.glob("weights-*.bin"))):
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_signature(side: str, tensors: Sequence[Tensor], nodes: Sequence[Any], batched: bool) -> None:
