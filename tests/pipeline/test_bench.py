@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import time
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
 
@@ -19,6 +22,7 @@ from covae_apps.bench.generation import PHASES, run_generation
 from covae_apps.bench.latency import Quoted, as_markdown, draw_plot, open_loop, run_latency
 from covae_apps.bench.memory import most_of, of_descendants
 from covae_apps.bench.repositories import benchmarked
+from covae_apps.bench.roofline import convolutions
 from covae_apps.bench.scaling import by_rank, by_side
 from covae_apps.bench.scoring import run_scoring
 from covae_apps.bench.stopwatch import p99
@@ -181,8 +185,26 @@ def test_peers_compares_the_images_first_and_says_what_is_left_out(tmp_path, mon
     names = [row.name for row in rows]
     assert len(names) == len(set(names)) >= 13
     page = (tmp_path / "peers.md").read_text()
+    assert re.search(r"The limit: an image is [\d.]+ GFLOP of convolutions.* [\d.]+ of what its product", page)
     assert all(name in page for name in names)
     assert ("OpenVINO in process is left out" in page) == all("OpenVINO" not in name for name in names)
+
+
+def test_a_convolution_is_counted_by_the_products_that_it_adds_up(tmp_path):
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 3, 8, 8])
+    maps = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 10, 4, 4])
+    weights = [
+        numpy_helper.from_array(np.zeros(shape, np.float32), name)
+        for name, shape in {"w": (5, 3, 3, 3), "v": (10, 1, 1, 1)}.items()
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["h", "v"], ["g"], group=5),
+        helper.make_node("Relu", ["g"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "two", [image], [maps], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "model.onnx")
+    assert convolutions(tmp_path / "model.onnx") == 2 * (4 * 4 * 5 * 3 * 9 + 4 * 4 * 10)
 
 
 def test_an_open_loop_counts_from_when_a_request_was_due():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from covae_apps.bench.generation import DisagreeError, session_like
 from covae_apps.bench.graphs import untrained
 from covae_apps.bench.litserve_peer import is_installed, litserve_peer
 from covae_apps.bench.repositories import untrained_repository
+from covae_apps.bench.roofline import SIDE, convolutions, rates
 from covae_apps.bench.stopwatch import (
     UNDISTURBED,
     Row,
@@ -36,6 +38,7 @@ from covae_client.model import Model
 from covae_core.images import channels_last, to_uint8
 from covae_core.noise import row_seeds
 from covae_core.operations import draw_latents
+from covae_core.release import MODEL_FILE
 from covae_serving.service import Service
 from covae_train.image_model import ImageModel
 
@@ -82,12 +85,14 @@ def run_peers(
         else:
             omitted["LitServe"] = "it is not installed (`pip install litserve`)"
         rows += structured(repository, session, repeats)
+        limit = roofline(repository, session, threads, repeats)
     rows.append(halved(image_shape, threads, repeats))
     record = {
         "machine": facts,
         "settings": {"image_shape": image_shape, "repeats": repeats, "threads": threads},
         "rows": [{**asdict(row), "holds": row.holds} for row in rows],
         "omitted": omitted,
+        "roofline": limit,
     }
     page = as_markdown(record)
     write_record(folder, NAME, record, page)
@@ -195,7 +200,7 @@ def openvino_call(repository: Path, threads: int, feeds: dict[str, Any]) -> Call
         import openvino
     except ModuleNotFoundError:
         return None
-    path = repository / f"{FAMILY}_sample" / "1" / "model.onnx"
+    path = repository / f"{FAMILY}_sample" / "1" / MODEL_FILE
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
     return lambda: request.infer(feeds)[request.model_outputs[0]].copy()
@@ -277,6 +282,27 @@ def structured(repository: Path, session: onnxruntime.InferenceSession, repeats:
     return rows
 
 
+def roofline(repository: Path, session: onnxruntime.InferenceSession, threads: int, repeats: int) -> dict[str, float]:
+    """What an image's convolutions are, and how fast they are computed in process beside a matrix product."""
+    path = repository / f"{FAMILY}_sample" / "1" / MODEL_FILE
+    feeds = {item.name: row_seeds(0, np.arange(BATCHES[1]))[:, None] for item in session.get_inputs()}
+    with TemporaryDirectory(prefix="covae-bench-") as place:
+        graph, product = rates(path, feeds, threads, repeats, Path(place))
+    return {"operations": convolutions(path), "graph_per_s": graph, "product_per_s": product}
+
+
+def described_limit(limit: Mapping[str, float]) -> str:
+    """In words."""
+    operations, graph, product = (limit[name] / 1e9 for name in ("operations", "graph_per_s", "product_per_s"))
+    return (
+        f"The limit: an image is {operations:.2f} GFLOP of convolutions. ONNX Runtime in process, all else of the "
+        f"graph included, makes {graph:,.0f} GFLOP/s of them in batches of {BATCHES[1]}, {graph / product:.2f} of what "
+        f"its product of two {SIDE:,}×{SIDE:,} matrices reaches on the same threads ({product:,.0f}). At the product's "
+        f"rate an image takes {1e3 * operations / product:.1f} ms: no server that computes these convolutions as "
+        "products of 32-bit floats is faster on this machine."
+    )
+
+
 def as_markdown(record: Mapping[str, Any]) -> str:
     """The table."""
     settings = record["settings"]
@@ -287,6 +313,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
             "gRPC from Triton where nothing else is said; medians in ms, ratios of neighbours.",
             ratio_table(("", "ours, ms", "theirs, ms"), record["rows"]),
             *(f"{name} is left out: {why}." for name, why in record["omitted"].items()),
+            *([described_limit(record["roofline"])] if "roofline" in record else []),
             f"{described(record['machine'])}; n = {settings['repeats']}, {CONCURRENT_RUNS} of the clients' runs, "
             f"{SMALL_REPEATS * settings['repeats']} of the 8×8 model's.",
         ]
