@@ -255,7 +255,9 @@ def substitute(filters: Floats, rows: Floats, fronts: Wavefronts) -> Floats:
     flat = solved.reshape(-1, count, batch)
     indices = fronts.neighbours.transpose(0, 2, 1)
     near = np.empty((slots, neighbours, count, batch), rows.dtype)
-    for front in range(front_count - 1, -1, -1):
+    # Behind the last front that has any value the solution is 0: of a few pixels' columns that is much of the image.
+    last = int(fronts.slot[np.flatnonzero(rows.any(axis=(0, 1)))].max(initial=-1)) // slots
+    for front in range(last, -1, -1):
         first = (front + 1) * fronts.width
         np.take(flat[first : first + behind], indices[front % len(indices)], axis=0, out=near, mode="clip")
         if shared == batch:
