@@ -16,7 +16,7 @@ from rich.console import Console
 
 from covae_apps.bench.graphs import feeds_of
 from covae_apps.bench.memory import most_of, of_descendants
-from covae_apps.bench.sessions import one_call
+from covae_apps.bench.sessions import calls, one_call
 from covae_apps.bench.stopwatch import UNDISTURBED, described, machine, markdown, write_record
 from covae_client import Client
 from covae_core.contract import ModelSpec
@@ -80,6 +80,7 @@ def measure(operations: Sequence[ServedModel], repository: Path, repeats: int, t
         "in_process_mb": alone,
         "one_session": first,
         "ways_mb": ways,
+        "together_mb": most_of(calls, {graphs[item]: feeds[item] for item in graphs}, threads),
         "served_mb": served,
         "start_s": starts,
     }
@@ -143,7 +144,8 @@ def _about(item: Mapping[str, Any]) -> list[str]:
         markdown(("operation", "on disk, MB", "one session in process, MB"), operations),
         f"A session of `{item['one_session']}`: "
         + ", ".join(f"{way} {mb:,.0f} MB" for way, mb in item["ways_mb"].items())
-        + ".",
+        + f". All {len(alone)} operations' sessions in one process: {item['together_mb']:,.0f} MB, "
+        f"{item['together_mb'] / one:.1f} of `{item['one_session']}`'s: what a server without isolation would need.",
         "The server's processes, MB, shared pages divided: "
         + ", ".join(f"{name.rpartition(' ')[0]} {value:,.0f}" for name, value in processes)
         + ".",

@@ -23,6 +23,11 @@ def session_of(path: Path, threads: int, gpu: bool = False, prepacked: bool = Tr
     return onnxruntime.InferenceSession(path, options, providers=providers)
 
 
+def calls(graphs: Mapping[Path, Feeds], threads: int) -> list[onnxruntime.InferenceSession]:
+    """Sessions beside each other that have answered once."""
+    return [one_call(path, feeds, threads) for path, feeds in graphs.items()]
+
+
 def one_call(path: Path, feeds: Feeds, threads: int, prepacked: bool = True) -> onnxruntime.InferenceSession:
     """A session that has answered once."""
     session = session_of(path, threads, prepacked=prepacked)

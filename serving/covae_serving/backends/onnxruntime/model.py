@@ -18,6 +18,7 @@ The file stands alone: Triton's stub imports it with nothing but NumPy, ONNX Run
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import time
@@ -190,6 +191,7 @@ class TritonPythonModel:
             check_signature("output", self.outputs, self.session.get_outputs(), self.batched)
         except LoadError as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from error
+        give_back_memory()
         self.name, self.probed = config["name"], False
         self.meter = Meter(self.name)
 
@@ -502,6 +504,14 @@ def digest_of(path: Path) -> str:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def give_back_memory() -> None:
+    """Return to the system what loading has freed: weights before they were rearranged, the graph before it was
+    optimised. glibc keeps it otherwise, a quarter of a process that serves the paper's widths."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def check_signature(side: str, tensors: Sequence[Tensor], nodes: Sequence[Any], batched: bool) -> None:
