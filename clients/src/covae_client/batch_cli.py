@@ -86,10 +86,7 @@ def generate(
         file_format=file_format,
         server=server,
     )
-    if plan_only:
-        _print_status(job, job.status())
-        return
-    _run(job, job.run, threads, engine, as_json, metrics_port)
+    _begin(job, plan_only, threads, engine, as_json, metrics_port)
 
 
 @app.command()
@@ -124,10 +121,7 @@ def score(
         file_format=file_format,
         server=server,
     )
-    if plan_only:
-        _print_status(job, job.status())
-        return
-    _run(job, job.run, threads, engine, as_json, metrics_port)
+    _begin(job, plan_only, threads, engine, as_json, metrics_port)
 
 
 @app.command()
@@ -172,10 +166,7 @@ def edit(
         file_format=file_format,
         server=server,
     )
-    if plan_only:
-        _print_status(job, job.status())
-        return
-    _run(job, job.run, threads, engine, as_json, metrics_port)
+    _begin(job, plan_only, threads, engine, as_json, metrics_port)
 
 
 @app.command()
@@ -264,6 +255,14 @@ def cancel(folder: Folder) -> None:
 
     open_job(folder).cancel()
     typer.echo(f"cancelled; `covae batch resume {folder}` goes on")
+
+
+def _begin(job: Job, plan_only: bool, threads: int, engine: str, as_json: bool, metrics_port: int | None) -> None:
+    """Run a new job, or leave it to workers."""
+    if plan_only:
+        _print_status(job, job.status())
+    else:
+        _run(job, job.run, threads, engine, as_json, metrics_port)
 
 
 def _run(
