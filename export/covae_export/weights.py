@@ -1,4 +1,4 @@
-"""The weights of a model's graphs, each once: files that several operations' folders hold and their processes map."""
+"""The weights of a model's graphs, each once: files that several operations' folders hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import onnx
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto
 
 from covae_core.release import MODEL_FILE, weights_file
 
@@ -21,22 +21,20 @@ LEAST_BYTES = 1024
 # Each begins on a whole line of the processor's cache.
 ALIGNMENT = 64
 
-Key = tuple[int, tuple[int, ...], bytes]
-
 
 def share_weights(folders: Sequence[Path]) -> None:
     """Move the weights out of each folder's graph, into files beside it.
 
-    Equal tensors are stored once, those that the same graphs use in one file, which has a name in each of their folders
-    (a hard link). A folder holds nothing that its graph does not use, so where links are lost, by a copy or on a file
-    system without them, nothing is larger than with the weights inside the graphs.
+    Tensors of equal bytes are stored once, those that the same graphs use in one file, which has a name in each of
+    their folders (a hard link). A folder holds nothing that its graph does not use, so where links are lost, by a copy
+    or on a file system without them, nothing is larger than with the weights inside the graphs.
     """
-    users: dict[Key, set[int]] = defaultdict(set)
+    users: dict[bytes, set[int]] = defaultdict(set)
     for number, folder in enumerate(folders):
         for _, key, _ in _large(onnx.load(folder / MODEL_FILE)):
             users[key].add(number)
     groups = {group: weights_file(number) for number, group in enumerate(dict.fromkeys(map(frozenset, users.values())))}
-    places: dict[Key, tuple[str, int, int]] = {}
+    places: dict[bytes, tuple[str, int, int]] = {}
     paths = {name: [folders[number] / name for number in sorted(group)] for group, name in groups.items()}
     with ExitStack() as stack:
         files = {name: stack.enter_context(first.open("wb")) for name, (first, *_) in paths.items()}
@@ -53,13 +51,12 @@ def share_weights(folders: Sequence[Path]) -> None:
             _link(first, other)
 
 
-def _large(model: ModelProto) -> Iterator[tuple[TensorProto, Key, bytes]]:
-    """A graph's larger weights: each with what tells it from others, and its content."""
+def _large(model: ModelProto) -> Iterator[tuple[TensorProto, bytes, bytes]]:
+    """A graph's larger weights: each with its content's SHA-256, and the content. Those of its loops' bodies, a few
+    numbers, stay there."""
     for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.STRING:
-            content = numpy_helper.to_array(tensor).tobytes()
-            if len(content) >= LEAST_BYTES:
-                yield tensor, (tensor.data_type, tuple(tensor.dims), hashlib.sha256(content).digest()), content
+        if len(tensor.raw_data) >= LEAST_BYTES:
+            yield tensor, hashlib.sha256(tensor.raw_data).digest(), tensor.raw_data
 
 
 def _append(file: BinaryIO, content: bytes) -> int:

@@ -32,6 +32,11 @@ CONFIG_FIELDS = frozenset(
 PARAMETERS = frozenset(field.name for field in fields(ModelSpec)) | {
     "colour", "operation", GRAPH_DIGEST, "intra_op_thread_count", "inter_op_thread_count", "execution_mode",
     "enable_mem_arena", "enable_mem_pattern", "memory.enable_memory_arena_shrinkage", "share_session_between_instances",
+    # ONNX Runtime's own: of its other settings some name files that it reads or writes.
+    "session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op.spin_duration_us",
+    "session.inter_op.spin_duration_us", "session.intra_op_thread_affinities", "session.force_spinning_stop",
+    "session.set_denormal_as_zero", "session.disable_prepacking", "session.dynamic_block_base",
+    "session.use_deterministic_compute", "session.use_device_allocator_for_initializers",
 }  # fmt: skip
 AGAIN = "export the model again with `covae export`"
 
@@ -181,7 +186,7 @@ def _check_harmless(path: Path, config: ModelConfig, version: Path) -> None:
     fields = sorted({descriptor.name for descriptor, _ in config.ListFields()} - CONFIG_FIELDS)
     if fields:
         raise HarmfulError(f"{path}: found {fields[0]}, which a served model may not have; {AGAIN}")
-    strange = sorted(key for key in config.parameters if not (key in PARAMETERS or key.startswith("session.")))
+    strange = sorted(key for key in config.parameters if key not in PARAMETERS)
     if strange:
         raise HarmfulError(f"{path}: found the parameter {strange[0]}, which a served model may not have; {AGAIN}")
     if config.default_model_filename not in ("", MODEL_FILE):
@@ -193,12 +198,18 @@ def _check_harmless(path: Path, config: ModelConfig, version: Path) -> None:
         for key in accelerator.parameters:
             if any(word in key.lower() for word in NAMES_OF_FILES):
                 raise HarmfulError(f"{path}: found the accelerator's parameter {key}, which names a file; {AGAIN}")
-    known = {version / MODEL_FILE, version / CONFIG_FILE, *weights_files(version)}
+    weights = weights_files(version)
     for file in version.iterdir() if version.is_dir() else ():
-        if file not in known and not file.name.startswith("."):
+        if file not in (version / MODEL_FILE, version / CONFIG_FILE, *weights) and not file.name.startswith("."):
             raise HarmfulError(
                 f"{file}: a version holds {MODEL_FILE}, {WEIGHTS_FILES} and {CONFIG_FILE} alone; move this file "
                 f"away, or {AGAIN}"
+            )
+    for file in weights:
+        if not (file.is_file() and file.resolve().is_relative_to(version.resolve())):
+            raise HarmfulError(
+                f"{file}: expected a file of weights in the version's own folder, found a folder, a device or a link "
+                f"to elsewhere; {AGAIN}"
             )
 
 

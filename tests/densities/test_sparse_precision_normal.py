@@ -12,6 +12,7 @@ from scipy.stats import kstest
 from covae_core.densities import DiagonalNormal, HybridNormal, LowRankNormal, SparsePrecisionNormal
 from covae_core.densities.neighbourhood import Neighbourhood, wavefronts
 from covae_core.errors import InvalidArgument
+from covae_core.numpy_backend import NumpyBackend
 from covae_train import torch_backend
 
 from .oracle import Home, dense_precision, problem
@@ -212,6 +213,27 @@ def test_solves_on_any_device_are_those_of_the_processor(side, dilations, image_
         backend = torch_backend.TorchBackend()
         wanted = backend.substitute(backend.arranged(flat, fronts), rows, fronts)
         np.testing.assert_allclose(found, wanted, **TIGHT)
+
+
+@pytest.mark.parametrize("places", [(), (0,), (-1,), (3, 17), (40,)])
+def test_rows_that_are_0_but_for_a_few_pixels_are_solved_as_any_other(places):
+    image_shape, side = (1, 6, 7), 5
+    _, filters, _ = sparse_problem(side, 1, image_shape)
+    neighbourhood = Neighbourhood(side, 1)
+    fronts, size = wavefronts(neighbourhood, 6, 7), 42
+    rows = np.zeros((2, 2, size))
+    for number, place in enumerate(places):
+        rows[number % 2, -1, place] = 1 + number  # of different rows of the batch
+    backend = NumpyBackend()
+    found = backend.substitute(backend.arranged(filters.reshape(2, -1, size), fronts), rows, fronts)
+    for b in range(2):
+        matrix = np.eye(size)
+        for k, (below, right) in enumerate(neighbourhood.offsets):
+            for pixel in range(size):
+                row, column = pixel // 7 + below, pixel % 7 + right
+                if row < 6 and 0 <= column < 7:
+                    matrix[pixel, 7 * row + column] = filters[b, 0, k, 0, pixel // 7, pixel % 7]
+        np.testing.assert_allclose(found[:, b], np.linalg.solve(matrix, rows[:, b].T).T, **TIGHT)
 
 
 def test_every_front_needs_later_ones_alone_and_holds_each_pixel_once():

@@ -86,15 +86,20 @@ def test_each_weight_begins_on_a_line_of_the_cache(tmp_path):
     assert offsets == [0, wide.nbytes, wide.nbytes + ALIGNMENT * (1 + odd.nbytes // ALIGNMENT)]
 
 
-def test_the_same_bytes_of_another_type_are_another_weight(tmp_path):
+def test_equal_bytes_of_another_shape_or_type_are_stored_once_and_keep_their_shape_and_type(tmp_path):
     zeros = np.zeros((16, 32), np.float32)
     folder = write_graph(tmp_path / "zeros", {"floats": zeros})
     model = onnx.load(folder / "model.onnx")
     model.graph.initializer.append(numpy_helper.from_array(zeros.astype(np.int32), "integers"))
+    model.graph.initializer.append(numpy_helper.from_array(zeros.reshape(32, 16), "turned"))
     onnx.save(model, folder / "model.onnx")
     share_weights([folder])
     loaded = onnx.load(folder / "model.onnx")
-    assert [numpy_helper.to_array(tensor).dtype for tensor in loaded.graph.initializer] == [np.float32, np.int32]
+    found = [numpy_helper.to_array(tensor) for tensor in loaded.graph.initializer]
+    assert [(item.dtype, item.shape) for item in found] == [
+        (np.float32, (16, 32)), (np.int32, (16, 32)), (np.float32, (32, 16))
+    ]  # fmt: skip
+    assert (folder / "weights-000.bin").stat().st_size == zeros.nbytes
 
 
 def test_a_file_system_without_hard_links_gets_copies(folders, monkeypatch):

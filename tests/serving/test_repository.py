@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,14 @@ def test_another_backend_is_refused(tmp_path, write_toy):
             "the accelerator's parameter trt_extra_plugin_lib_paths",
         ),
         ('default_model_filename: "../other.onnx"', "default_model_filename is '../other.onnx'"),
+        (
+            'parameters { key: "session.model_external_initializers_file_folder_path" value { string_value: "/etc" } }',
+            "the parameter session.model_external_initializers_file_folder_path",
+        ),
+        (
+            'parameters { key: "session.collect_node_memory_stats_to_file" value { string_value: "/tmp/evil" } }',
+            "the parameter session.collect_node_memory_stats_to_file",
+        ),
     ],
 )
 def test_a_configuration_that_would_have_triton_run_something_else_is_refused(line, message, repository):
@@ -132,6 +141,29 @@ def test_a_version_with_other_files_is_refused(name, repository):
     (repository / "toy_sample" / "1" / name).write_text("")
     with pytest.raises(ServingError, match=rf"1/{name}: a version holds model\.onnx, weights-\*\.bin and config"):
         served(repository)
+
+
+@pytest.mark.parametrize("kind", ["link", "device", "folder", "pipe"])
+def test_weights_that_are_no_file_of_the_version_are_refused(kind, repository, tmp_path):
+    place, other = repository / "toy_sample" / "1" / "weights-000.bin", tmp_path / "private"
+    other.write_bytes(b"private")
+    made = {
+        "link": lambda: place.symlink_to(other),
+        "device": lambda: place.symlink_to("/dev/zero"),
+        "folder": place.mkdir,
+        "pipe": lambda: os.mkfifo(place),
+    }
+    made[kind]()
+    with pytest.raises(ServingError, match=r"weights-000\.bin: expected a file of weights in the version's own folder"):
+        served(repository)
+
+
+def test_weights_may_be_links_within_their_version_as_kubernetes_mounts_have_them(repository):
+    version = repository / "toy_sample" / "1"
+    (version / "..2026").mkdir()
+    (version / "..2026" / "weights-000.bin").write_bytes(b"weights")
+    (version / "weights-000.bin").symlink_to("..2026/weights-000.bin")
+    assert "toy_sample" in served(repository)
 
 
 @pytest.mark.parametrize("name", ["$(touch owned)", "a b", "modèle", "-x", "x" * 129])

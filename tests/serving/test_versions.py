@@ -9,10 +9,13 @@ import time
 
 import grpc
 import numpy as np
+import onnx
 import pytest
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from covae_client import Client, errors
+from covae_core.release import graph_digest
+from covae_export.weights import share_weights
 from covae_serving.errors import ServingError
 from covae_serving.service import Service
 
@@ -53,9 +56,33 @@ def test_a_graph_that_is_not_the_configurations_is_not_served(write_release_of_t
         service.start()
 
 
-def test_weights_that_are_not_the_configurations_are_not_served(write_release_of_toy, tmp_path):
-    path = write_release_of_toy(tmp_path, 1) / "toy_sample" / "1" / "weights-000.bin"
-    path.write_bytes(b"another export's")
+def with_weights(version):
+    """Give the graph of a version a large weight, in a file of its own; the configuration has the new digest."""
+    before = graph_digest(version)
+    model = onnx.load(version / "model.onnx")
+    large = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(large, "large"))
+    model.graph.node.append(onnx.helper.make_node("Relu", ["large"], ["unused"]))
+    onnx.save(model, version / "model.onnx")
+    share_weights([version])
+    config = version / "config.pbtxt"
+    config.write_text(config.read_text().replace(before, graph_digest(version)))
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "added"])
+def test_weights_that_are_not_the_configurations_are_not_served(damage, write_release_of_toy, tmp_path):
+    version = write_release_of_toy(tmp_path, 1) / "toy_sample" / "1"
+    with_weights(version)
+    with Service(tmp_path, grpc_port=0, metrics_port=0) as service, Client(service.grpc_address) as client:
+        assert client.model("toy").sample(1).shape[0] == 1
+    path = version / "weights-000.bin"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "added":
+        (version / "weights-001.bin").write_bytes(b"another export's")
+    else:
+        path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "changed" else b""))
     service = Service(tmp_path, grpc_port=0, metrics_port=0)
     with pytest.raises(
         ServingError, match=r"1/model\.onnx: its SHA-256 is .*: it or its weights beside it are damaged"

@@ -165,7 +165,9 @@ def test_spoilt_repositories_are_refused_or_answer_right(repository, tmp_path, r
         place = tmp_path / str(number)
         shutil.copytree(repository / name, place / name)
         shutil.copy(repository / f"{FAMILY}.json", place)
-        file = place / generator.choice((f"{FAMILY}.json", f"{name}/1/config.pbtxt", f"{name}/1/model.onnx"))
+        weights = sorted(path.name for path in (place / name / "1").glob("weights-*.bin"))
+        entry = [f"{name}/1/{part}" for part in ("config.pbtxt", "model.onnx", *weights)]
+        file = place / generator.choice((f"{FAMILY}.json", *entry))
         changed = spoilt(file.read_bytes(), generator)
         same = changed == file.read_bytes()
         file.write_bytes(changed)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from covae_apps.report import REPORTS
+from covae_core.errors import InvalidArgument
 from covae_train.families import build_model, find_family, make_config
 from covae_train.objective import Batch, Multipliers, Terms
 
@@ -211,3 +213,16 @@ def test_without_a_target_a_step_descends_the_negative_bound():
     constraints = family.constraints(config)
     held = Multipliers(constraints.items, constraints.damping, constraints.momentum)
     torch.testing.assert_close(held.lagrangian(terms), -terms.bound.mean())
+
+
+@pytest.mark.parametrize("value", ["abc", -1, 0, "nan", "inf", "None"])
+def test_a_target_that_is_none_is_refused_in_one_sentence(value):
+    with pytest.raises(InvalidArgument) as refusal:
+        tiny_config("beta-vae", target_kl=value)
+    assert str(refusal.value) == f"beta-vae: target_kl: found {value!r}, expected a number of nats above 0, or none"
+
+
+def test_the_papers_vae_counts_the_kl_once_whatever_the_other_rows_hold_it_at():
+    arms = {arm.name: arm for arm in REPORTS["structured"]().arms}
+    assert (arms["vae"].family, arms["vae"].options) == ("beta-vae", {"target_kl": "none"})
+    assert [arm.family for name, arm in arms.items() if name != "vae"] == [name for name in arms if name != "vae"]

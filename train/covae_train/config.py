@@ -89,8 +89,9 @@ def validated(model: type[BaseModel], values: dict[str, Any], what: str) -> Any:
 
 def _problem(item: ErrorDetails, model: type[BaseModel]) -> str:
     """One of pydantic's errors; those of our own validators, which are about several fields, name them already."""
+    message = item["msg"].removeprefix("Value error, ")
     if not item["loc"]:
-        return item["msg"].removeprefix("Value error, ")
+        return message
     if item["type"] == "extra_forbidden":
         return f"{item['loc'][0]}: no such option; expected one of {', '.join(sorted(model.model_fields))}"
-    return f"{'.'.join(map(str, item['loc']))}: found {item['input']!r}, {item['msg']}"
+    return f"{'.'.join(map(str, item['loc']))}: found {item['input']!r}, {message}"

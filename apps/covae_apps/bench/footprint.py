@@ -15,7 +15,7 @@ import onnx
 from rich.console import Console
 
 from covae_apps.bench.graphs import feeds_of
-from covae_apps.bench.memory import most_of, of_descendants
+from covae_apps.bench.memory import held_after, most_of, of_descendants
 from covae_apps.bench.sessions import calls, one_call
 from covae_apps.bench.stopwatch import UNDISTURBED, described, machine, markdown, write_record
 from covae_client import Client
@@ -55,12 +55,17 @@ def measure(operations: Sequence[ServedModel], repository: Path, repeats: int, t
     graphs = {item.operation: item.graph for item in operations}
     feeds: dict[str, dict[str, Any]] = {item: dict(feeds_of(spec, item, 1)) for item in graphs}
     first = next(iter(graphs)) if "sample" not in graphs else "sample"
-    alone = {item: most_of(one_call, graphs[item], feeds[item], threads) for item in graphs}
+    alone = {item: held_after(one_call, graphs[item], feeds[item], threads) for item in graphs}
+    most = {item: most_of(one_call, graphs[item], feeds[item], threads) for item in graphs}
     with TemporaryDirectory(prefix="covae-bench-") as place:
         whole = with_weights_inside(graphs[first], Path(place))
         ways = {
             "as it is": alone[first],
-            "its weights not prepacked": most_of(one_call, graphs[first], feeds[first], threads, False),
+            "its weights not prepacked": held_after(one_call, graphs[first], feeds[first], threads, False),
+            "its weights inside its graph's file": held_after(one_call, whole, feeds[first], threads),
+        }
+        peaks = {
+            "as it is": most[first],
             "its weights inside its graph's file": most_of(one_call, whole, feeds[first], threads),
         }
     starts: list[float] = []
@@ -79,8 +84,10 @@ def measure(operations: Sequence[ServedModel], repository: Path, repeats: int, t
         "disk_mb": on_disk(graphs),
         "in_process_mb": alone,
         "one_session": first,
+        "most_mb": most,
         "ways_mb": ways,
-        "together_mb": most_of(calls, {graphs[item]: feeds[item] for item in graphs}, threads),
+        "peaks_mb": peaks,
+        "together_mb": held_after(calls, {graphs[item]: feeds[item] for item in graphs}, threads),
         "served_mb": served,
         "start_s": starts,
     }
@@ -135,15 +142,23 @@ def _about(item: Mapping[str, Any]) -> list[str]:
          f"{sum(disk.values()) / item['weights_mb']:.1f} times the weights", f"≤ {DISK:.1f}"],
         ["from start to ready", f"{start:.1f} s", "", f"≤ {START_S:.1f} s"],
     ]  # fmt: skip
-    operations = [[name, f"{disk[name]:,.1f}", f"{alone[name]:,.0f}" if name in alone else ""] for name in disk]
+    most = item["most_mb"]
+    operations = [
+        [name, f"{disk[name]:,.1f}", *([f"{alone[name]:,.0f}", f"{most[name]:,.0f}"] if name in alone else ["", ""])]
+        for name in disk
+    ]
     processes = sorted(served.items(), key=lambda pair: -pair[1])
     return [
         f"{item['model']}, {'×'.join(map(str, item['image_shape']))}, {item['weights_mb']:,.0f} MB of weights, one "
         "request of each operation:",
         markdown(("", "", "in units", "wanted"), figures),
-        markdown(("operation", "on disk, MB", "one session in process, MB"), operations),
-        f"A session of `{item['one_session']}`: "
+        markdown(
+            ("operation", "on disk, MB", "a process with its session, MB", "at most, MB more than before"), operations
+        ),
+        f"A process with a session of `{item['one_session']}`, after it answered and gave back what it had freed: "
         + ", ".join(f"{way} {mb:,.0f} MB" for way, mb in item["ways_mb"].items())
+        + "; at most while it loads: "
+        + ", ".join(f"{way} {mb:,.0f} MB" for way, mb in item["peaks_mb"].items())
         + f". All {len(alone)} operations' sessions in one process: {item['together_mb']:,.0f} MB, "
         f"{item['together_mb'] / one:.1f} of `{item['one_session']}`'s: what a server without isolation would need.",
         "The server's processes, MB, shared pages divided: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -25,6 +26,29 @@ def most_of(call: Callable[..., object], *arguments: Any) -> float:
     """The most memory that a call takes in a new process, beyond what the process had before, in MB."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_watched, call, *arguments).result()
+
+
+def held_after(call: Callable[..., object], *arguments: Any) -> float:
+    """MB that a new process, Python included, holds after a call whose result it keeps: what was freed is given back,
+    and pages that processes share are divided among them, as `of_descendants` counts."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_holding, call, *arguments).result()
+
+
+def _holding(call: Callable[..., object], *arguments: Any) -> float:
+    kept = call(*arguments)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    found = proportional(os.getpid())
+    del kept
+    return found
+
+
+def proportional(pid: int) -> float:
+    """MB of a process; pages that several share are divided among them. Raises OSError: there is no such process."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
 
 
 def _watched(call: Callable[..., object], *arguments: Any) -> float:
@@ -64,9 +88,7 @@ def of_descendants() -> dict[str, float]:
         ours |= more
     for pid in sorted(ours - {os.getpid()}):
         try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+            found[f"{names[pid]} {pid}"] = proportional(pid)
         except OSError:
             continue
-        pss = [int(line.split()[1]) for line in lines if line.startswith("Pss:")]
-        found[f"{names[pid]} {pid}"] = sum(pss) * 1024 / 1e6
     return found

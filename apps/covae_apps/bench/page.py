@@ -71,8 +71,8 @@ asks again until then.""",
     footprint.NAME: Section(
         "Memory, disk, start",
         """What a model with all its operations takes of a machine. Each operation is a graph of its own, in a process
-of its own: one that dies or hangs takes no other with it. Weights are stored once and mapped by all processes that
-serve them; ONNX Runtime then rearranges those of convolutions for the processor, in memory of each process.""",
+of its own: one that dies or hangs takes no other with it. Weights are stored once. In memory they are not shared: ONNX
+Runtime folds normalisations into them and rearranges them for the processor, in each session anew.""",
         footprint.as_markdown,
     ),
     training.NAME: Section(

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from covae_apps.bench.sessions import Feeds, session_of
 from covae_apps.bench.stopwatch import case, interleaved
+from covae_core.errors import InvalidArgument
 
 # Side of the matrices: 16 MB each, beyond what a core's caches hold.
 SIDE = 2048
@@ -20,16 +21,21 @@ def convolutions(path: Path) -> float:
     """Floating-point operations of a graph's convolutions, of one row: two for each product that is added up.
 
     Transposed ones are not counted; no graph of the residual networks has any.
+
+    Raises:
+        InvalidArgument: a convolution's weight is no constant, or its output's size is not known.
     """
     graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.output)}
     weights = {tensor.name: tensor.dims for tensor in graph.initializer}
-    counts = [
-        prod(weights[node.input[1]]) * prod(size.dim_value for size in shapes[node.output[0]][2:])
-        for node in graph.node
-        if node.op_type == "Conv"
-    ]
-    return 2.0 * sum(counts)
+    total = 0
+    for node in graph.node:
+        if node.op_type == "Conv":
+            sizes = [size.dim_value for size in shapes.get(node.output[0], ())[2:]]
+            if node.input[1] not in weights or not sizes or 0 in sizes:
+                raise InvalidArgument(f"{path}: the convolution {node.name!r} has no constant weight or no known size")
+            total += prod(weights[node.input[1]]) * prod(sizes)
+    return 2.0 * total
 
 
 def rates(graph: Path, feeds: Feeds, threads: int, repeats: int, place: Path) -> tuple[float, float]:

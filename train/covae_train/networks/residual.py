@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import inf, nan
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
 from covae_train.config import ImageShape, TrainedOptions
@@ -43,9 +44,20 @@ class ResidualOptions(NetworkOptions):
         description="passes of the first phase, which trains the mean alone  [half]",
     )
     mean_learning_rate: PositiveFloat = Field(description="Adam's, while only the mean is trained")
-    target_kl: PositiveFloat | Literal["none"] = Field(
+    target_kl: float | Literal["none"] = Field(
         description="ξ_KL, nats per image, or none: the KL counts once, as in the evidence lower bound"
     )
+
+    @field_validator("target_kl", mode="before")
+    @classmethod
+    def _check_target(cls, value: Any) -> float | str:
+        try:
+            target = value if value == "none" else float(value)
+        except (TypeError, ValueError):
+            target = nan
+        if target != "none" and not 0 < target < inf:
+            raise ValueError("expected a number of nats above 0, or none")
+        return target
 
     @model_validator(mode="after")
     def _check_epochs(self) -> Self:

@@ -458,8 +458,7 @@ def check_output(tensor: Tensor, array: Array, rows: int | None) -> Array:
 def load_session(path: Path, digest: str, options: Any, wanted: list[tuple[str, dict[str, str]]]) -> Any:
     """Open the graph on the wanted providers. digest: its and its weights' SHA-256; "" of a config that does not tell.
 
-    Weights in files of their own are mapped: processes that serve operations of one model share what they do not
-    rearrange.
+    Its bytes are not held meanwhile: ONNX Runtime opens the files itself, after they were read for the digest.
 
     Raises:
         LoadError: a file is missing, another than the config's, or no ONNX graph, or a provider is absent or did not
