@@ -22,7 +22,7 @@ from pathlib import Path
 from covae_core.contract import MOST_NAME, NAME_PATTERN, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, Operation, served_names
-from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, graph_digest, write_release
+from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, digests, write_release
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
 from covae_export.graphs import build_graph, describe
@@ -280,11 +280,11 @@ def publish(staging: Path, repository: Path, name: str, spec: ModelSpec, deploym
     Moves the folders into place, then switches to them, then tells it to Tritons that nobody supervises.
     """
     version = _next_version(repository, name)
-    graphs = {operation: graph_digest(staging / operation) for operation in spec.operations}
-    spec = spec.exported(graphs)
+    files = {operation: digests(staging / operation) for operation in spec.operations}
+    spec = spec.exported(files)
     for operation in spec.operations:
         wanted = vars(_deployment_of(OPERATIONS[operation], spec, deployment))
-        config = build_config(name, spec, OPERATIONS[operation], version, graphs[operation], **wanted)
+        config = build_config(name, spec, OPERATIONS[operation], version, files[operation], **wanted)
         (staging / operation / CONFIG_FILE).write_text(to_text(config))
     entries = {operation: repository / served_name(name, operation) for operation in spec.operations}
     for operation, entry in entries.items():

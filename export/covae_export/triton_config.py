@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from covae_core.contract import GRAPH_DIGEST, PLATFORM_BACKEND, ModelSpec, Priority, TensorSpec, served_name
+from covae_core.contract import (
+    GRAPH_DIGEST,
+    PLATFORM_BACKEND,
+    WEIGHTS_DIGESTS,
+    ModelSpec,
+    Priority,
+    TensorSpec,
+    served_name,
+)
 from covae_core.operations import Operation
+from covae_core.release import MODEL_FILE
 
 INSTANCE_KINDS = {
     "auto": pb.ModelInstanceGroup.KIND_AUTO,
@@ -20,7 +32,7 @@ def build_config(
     spec: ModelSpec,
     operation: Operation,
     version: int,
-    graph_digest: str,
+    digests: Mapping[str, str],
     *,
     max_batch_size: int = 64,
     instances: int = 1,
@@ -33,7 +45,8 @@ def build_config(
 
     Args:
         version: the one that it is of; Triton serves no other
-        graph_digest: the SHA-256 of the operation's graph and its weights, which the backend checks when it loads it
+        digests: the SHA-256 of the operation's graph and of its files of weights, by their names, which the backend
+            checks when it loads them
         instances: processes per model (per GPU with `gpu`)
         instance_kind: `cpu`, `gpu`, or `auto` (the GPU where there is one; needs the extra `gpu` there)
         threads: threads with which one instance runs its graph on the CPU
@@ -45,7 +58,7 @@ def build_config(
     config = pb.ModelConfig(
         name=served_name(name, operation.name),
         backend=PLATFORM_BACKEND,
-        default_model_filename="model.onnx",
+        default_model_filename=MODEL_FILE,
         max_batch_size=max_batch_size,
         input=[pb.ModelInput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in operation.inputs(spec)],
         output=[pb.ModelOutput(name=t.name, data_type=_dtype(t), dims=t.shape) for t in operation.outputs(spec)],
@@ -61,7 +74,8 @@ def build_config(
         config.dynamic_batching.default_queue_policy.default_timeout_microseconds = round(1e6 * max_wait_s)
     values = spec.to_parameters() | {
         "operation": operation.name,
-        GRAPH_DIGEST: graph_digest,
+        GRAPH_DIGEST: digests[MODEL_FILE],
+        WEIGHTS_DIGESTS: json.dumps({name: digest for name, digest in digests.items() if name != MODEL_FILE}),
         "intra_op_thread_count": str(threads),
     }
     for key, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,7 +10,15 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelVersionPolicy
 
-from covae_core.contract import GRAPH_DIGEST, MOST_NAME, NAME_PATTERN, PLATFORM_BACKEND, ModelSpec, served_name
+from covae_core.contract import (
+    GRAPH_DIGEST,
+    MOST_NAME,
+    NAME_PATTERN,
+    PLATFORM_BACKEND,
+    WEIGHTS_DIGESTS,
+    ModelSpec,
+    served_name,
+)
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, split_served_name
 from covae_core.release import (
@@ -30,8 +39,9 @@ CONFIG_FIELDS = frozenset(
      "model_transaction_policy")
 )  # fmt: skip
 PARAMETERS = frozenset(field.name for field in fields(ModelSpec)) | {
-    "colour", "operation", GRAPH_DIGEST, "intra_op_thread_count", "inter_op_thread_count", "execution_mode",
-    "enable_mem_arena", "enable_mem_pattern", "memory.enable_memory_arena_shrinkage", "share_session_between_instances",
+    "colour", "operation", GRAPH_DIGEST, WEIGHTS_DIGESTS, "intra_op_thread_count", "inter_op_thread_count",
+    "execution_mode", "enable_mem_arena", "enable_mem_pattern", "memory.enable_memory_arena_shrinkage",
+    "share_session_between_instances",
     # ONNX Runtime's own: of its other settings some name files that it reads or writes.
     "session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op.spin_duration_us",
     "session.inter_op.spin_duration_us", "session.intra_op_thread_affinities", "session.force_spinning_stop",
@@ -138,10 +148,25 @@ def _read(repository: Path, name: str, operation: str, release: Release | None) 
         raise ServingError(f"{graph}: no such file; {AGAIN}")
     if graph.stat().st_size == 0:
         raise ServingError(f"{graph}: the file is empty; {AGAIN}")
+    _check_weights(path, config, graph.parent)
     if release and _spec(path, config).model_digest != release.model_digest:
         raise ServingError(f"{path}: it is not of the export that {release_file(repository, name)} names; {AGAIN}")
     config.version_policy.CopyFrom(ModelVersionPolicy(specific=ModelVersionPolicy.Specific(versions=[version])))
     return ServedModel(name, operation, folder, version, config)
+
+
+def _check_weights(path: Path, config: ModelConfig, version: Path) -> None:
+    """See that a version has the files of weights that its configuration names, and no others."""
+    text = config.parameters[WEIGHTS_DIGESTS].string_value if WEIGHTS_DIGESTS in config.parameters else "{}"
+    try:
+        named = set(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ServingError(f"{path}: {WEIGHTS_DIGESTS} is {text!r}, no JSON object; {AGAIN}") from error
+    there = {file.name for file in weights_files(version)}
+    for name in sorted(named - there):
+        raise ServingError(f"{version / name}: no such file of weights; {AGAIN}")
+    for name in sorted(there - named):
+        raise ServingError(f"{version / name}: {path} names no such file of weights; move it away, or {AGAIN}")
 
 
 def _newest(folder: Path, config: ModelConfig) -> int:

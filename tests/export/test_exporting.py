@@ -138,8 +138,9 @@ def test_a_run_in_its_mean_only_phase_cannot_be_exported(digits, tmp_path):
 @pytest.mark.parametrize("operation", EVERY)
 def test_a_configuration_parses_back_and_describes_the_model(operation, family, runs):
     spec = describe(runs[family], SCORE_SAMPLES, 3)
+    digests = {"model.onnx": "ab" * 32, "weights-000.bin": "cd" * 32}
     built = build_config(
-        "toy", spec, OPERATIONS[operation], 5, "ab" * 32, max_batch_size=7, instances=3, instance_kind="gpu", threads=2
+        "toy", spec, OPERATIONS[operation], 5, digests, max_batch_size=7, instances=3, instance_kind="gpu", threads=2
     )
     config = text_format.Parse(to_text(built), pb.ModelConfig())
     assert config == built
@@ -147,6 +148,7 @@ def test_a_configuration_parses_back_and_describes_the_model(operation, family, 
     assert ModelSpec.from_parameters(parameters) == spec
     assert (parameters["operation"], parameters["intra_op_thread_count"]) == (operation, "2")
     assert (list(config.version_policy.specific.versions), parameters["graph_sha256"]) == ([5], "ab" * 32)
+    assert json.loads(parameters["weights_sha256"]) == {"weights-000.bin": "cd" * 32}
     assert (config.name, config.backend, config.max_batch_size) == (f"toy_{operation}", "onnxruntime", 7)
     (group,) = config.instance_group
     assert (group.count, group.kind) == (3, pb.ModelInstanceGroup.KIND_GPU)
@@ -195,8 +197,11 @@ def test_an_entry_for_each_operation_of_one_version_are_published_and_nothing_el
         assert content == (repository / entry / "config.pbtxt").read_bytes()
         config = read_config(repository / entry / "config.pbtxt")
         assert (config.name, ModelSpec.from_config(config).model_digest) == (entry, release.model_digest)
-        parts = [path.read_bytes() for path in (repository / entry / "1" / "model.onnx", *weights)]
-        assert config.parameters["graph_sha256"].string_value == hashlib.sha256(b"".join(parts)).hexdigest()
+        files = (repository / entry / "1" / "model.onnx", *weights)
+        graph, *others = (hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+        assert config.parameters["graph_sha256"].string_value == graph
+        named = dict(zip((path.name for path in weights), others, strict=True))
+        assert json.loads(config.parameters["weights_sha256"].string_value) == named
     # The decoder's weights are one file.
     (decoders, *_), scorers = (
         weights_files(repository / served_name(family, name) / "1") for name in ("decode", "score")

@@ -187,12 +187,13 @@ def test_a_damaged_release_names_its_file(text, spec, tmp_path):
 
 
 def test_the_digest_is_of_every_graph_and_of_all_that_the_model_says(spec):
-    graphs = {"decode": "00", "encode": "11"}
+    graphs = {"decode": {"model.onnx": "00"}, "encode": {"model.onnx": "11", "weights-000.bin": "33"}}
     digests = {
         spec.exported(graphs).model_digest,
-        spec.exported(graphs | {"encode": "12"}).model_digest,
+        spec.exported(graphs | {"encode": {"model.onnx": "12", "weights-000.bin": "33"}}).model_digest,
+        spec.exported(graphs | {"encode": {"model.onnx": "11", "weights-000.bin": "34"}}).model_digest,
         replace(spec, run_digest="other").exported(graphs).model_digest,
         replace(spec, draw_samples=2).exported(graphs).model_digest,
     }
-    assert len(digests) == 4
+    assert len(digests) == 5
     assert spec.exported(graphs).exported(graphs) == spec.exported(graphs)

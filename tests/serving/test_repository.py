@@ -163,7 +163,13 @@ def test_weights_may_be_links_within_their_version_as_kubernetes_mounts_have_the
     (version / "..2026").mkdir()
     (version / "..2026" / "weights-000.bin").write_bytes(b"weights")
     (version / "weights-000.bin").symlink_to("..2026/weights-000.bin")
+    named = 'parameters { key: "weights_sha256" value { string_value: "{\\"weights-000.bin\\": \\"\\"}" } }'
+    config = repository / "toy_sample" / "config.pbtxt"
+    config.write_text(f"{config.read_text()}\n{named}\n")
     assert "toy_sample" in served(repository)
+    (version / "..2026" / "weights-000.bin").unlink()
+    with pytest.raises(ServingError, match=r"weights-000\.bin: expected a file of weights"):
+        served(repository)
 
 
 @pytest.mark.parametrize("name", ["$(touch owned)", "a b", "modèle", "-x", "x" * 129])

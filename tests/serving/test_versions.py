@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -11,10 +12,12 @@ import grpc
 import numpy as np
 import onnx
 import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from covae_client import Client, errors
-from covae_core.release import graph_digest
+from covae_core.release import digests
 from covae_export.weights import share_weights
 from covae_serving.errors import ServingError
 from covae_serving.service import Service
@@ -57,20 +60,30 @@ def test_a_graph_that_is_not_the_configurations_is_not_served(write_release_of_t
 
 
 def with_weights(version):
-    """Give the graph of a version a large weight, in a file of its own; the configuration has the new digest."""
-    before = graph_digest(version)
+    """Give the graph of a version a large weight, in a file of its own; the configuration has the new digests."""
     model = onnx.load(version / "model.onnx")
     large = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(large, "large"))
     model.graph.node.append(onnx.helper.make_node("Relu", ["large"], ["unused"]))
     onnx.save(model, version / "model.onnx")
     share_weights([version])
-    config = version / "config.pbtxt"
-    config.write_text(config.read_text().replace(before, graph_digest(version)))
+    config = text_format.Parse((version / "config.pbtxt").read_text(), ModelConfig())
+    found = digests(version)
+    config.parameters["graph_sha256"].string_value = found.pop("model.onnx")
+    config.parameters["weights_sha256"].string_value = json.dumps(found)
+    (version / "config.pbtxt").write_text(text_format.MessageToString(config))
 
 
-@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "added"])
-def test_weights_that_are_not_the_configurations_are_not_served(damage, write_release_of_toy, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("changed", r"toy_sample/1/weights-000\.bin: its SHA-256 is .*: the file is damaged or another's"),
+        ("cut", r"toy_sample/1/weights-000\.bin: its SHA-256 is .*: the file is damaged or another's"),
+        ("missing", r"toy_sample/1/weights-000\.bin: no such file of weights"),
+        ("added", r"toy_sample/1/weights-001\.bin: .* names no such file of weights; move it away"),
+    ],
+)
+def test_weights_that_are_not_the_configurations_are_not_served(damage, message, write_release_of_toy, tmp_path):
     version = write_release_of_toy(tmp_path, 1) / "toy_sample" / "1"
     with_weights(version)
     with Service(tmp_path, grpc_port=0, metrics_port=0) as service, Client(service.grpc_address) as client:
@@ -83,11 +96,8 @@ def test_weights_that_are_not_the_configurations_are_not_served(damage, write_re
         (version / "weights-001.bin").write_bytes(b"another export's")
     else:
         path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "changed" else b""))
-    service = Service(tmp_path, grpc_port=0, metrics_port=0)
-    with pytest.raises(
-        ServingError, match=r"1/model\.onnx: its SHA-256 is .*: it or its weights beside it are damaged"
-    ):
-        service.start()
+    with pytest.raises(ServingError, match=message):
+        Service(tmp_path, grpc_port=0, metrics_port=0).start()
 
 
 def test_a_crash_does_not_change_the_model_under_a_client(write_release_of_toy, tmp_path, serve, own_stubs, caplog):
@@ -125,16 +135,24 @@ def test_two_servers_are_updated_one_after_the_other_without_a_failure_or_a_mixe
                     return
                 answers.append((model.spec.model_digest, images.tobytes()))
 
+    def until_answered_by(version: int) -> None:
+        deadline = time.monotonic() + 30
+        while not faults and all(digest != f"{version:064x}" for digest, _ in answers):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
         worker.start()
     try:
+        until_answered_by(1)
         time.sleep(1)
         write_release_of_toy(tmp_path, 2)
         for service, address in zip(old, addresses, strict=True):
             service.stop()
             new.append(Service(tmp_path, grpc_port=int(address.rpartition(":")[2]), **options).start())
             time.sleep(1)
+        until_answered_by(2)
     finally:
         ended.set()
         for worker in workers:

@@ -36,8 +36,10 @@ MODEL_DIGEST = "model_digest"
 # Triton's name of the token that a server may ask of every request; the header is TOKEN_HEADER.
 TOKEN_NAME = "covae-token"
 TOKEN_HEADER = f"triton-grpc-protocol-{TOKEN_NAME}"
-# A configuration's parameter: the SHA-256 of the operation's graph and its weights, in hexadecimal.
+# Parameters of a configuration: the SHA-256 of the operation's graph, in hexadecimal; those of its files of weights, by
+# their names, as JSON.
 GRAPH_DIGEST = "graph_sha256"
+WEIGHTS_DIGESTS = "weights_sha256"
 # A model has one of these latents, both, or none; their streams of noise, of the prior and of the posterior.
 LATENT_STREAMS: Mapping[str, tuple[Stream, Stream]] = {
     "latent": (Stream.LATENT, Stream.POSTERIOR),
@@ -125,9 +127,10 @@ class ModelSpec:
         """`grey` or `rgb`."""
         return COLOURS[self.image_shape[2]]
 
-    def exported(self, graphs: Mapping[str, str]) -> ModelSpec:
-        """This spec with the digest of what was exported; graphs: the SHA-256 of each operation's, by its name."""
-        text = json.dumps([replace(self, model_digest="").to_parameters(), dict(graphs)], sort_keys=True)
+    def exported(self, files: Mapping[str, Mapping[str, str]]) -> ModelSpec:
+        """This spec with the digest of what was exported; files: the SHA-256 of each operation's, by their names."""
+        named = {operation: dict(digests) for operation, digests in files.items()}
+        text = json.dumps([replace(self, model_digest="").to_parameters(), named], sort_keys=True)
         return replace(self, model_digest=hashlib.sha256(text.encode()).hexdigest())
 
     def latent_tensors(self) -> tuple[TensorSpec, ...]:

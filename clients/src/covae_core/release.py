@@ -30,14 +30,13 @@ class Release:
     model_digest: str
 
 
-def graph_digest(folder: Path) -> str:
-    """The SHA-256 of a version's graph and of its weights' files after it, in the order of their names."""
-    digest = hashlib.sha256()
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of a version's graph and of each of its files of weights, by the files' names."""
+    found = {}
     for path in (folder / MODEL_FILE, *weights_files(folder)):
         with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def weights_file(number: int) -> str:

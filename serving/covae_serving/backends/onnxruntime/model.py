@@ -87,16 +87,21 @@ LARGEST = 1e6
 # A request's parameter: names of outputs that it wants as 16-bit floats, with commas; `covae_core.contract.HALVED`.
 HALVED = "halved"
 # Another: the digest of the model that it is meant for; `covae_core.contract.MODEL_DIGEST`. And a parameter of the
-# config: the SHA-256 of the graph and its weights; `covae_core.contract.GRAPH_DIGEST`.
+# the config: the SHA-256 of the graph, and those of its files of weights; `covae_core.contract`.
 MODEL_DIGEST = "model_digest"
-GRAPH_DIGEST = "graph_sha256"
+GRAPH_DIGEST, WEIGHTS_DIGESTS = "graph_sha256", "weights_sha256"
+MODEL_FILE = "model.onnx"
 # From 0.1 ms to 52 s, each twice the one before.
 SECONDS = [1e-4 * 2**k for k in range(20)]
 ROWS = [2**k for k in range(9)]
 
 
 class LoadError(ValueError):
-    """The config or the graph cannot be served; the message names the file or the key."""
+    """The config or the graph cannot be served; the message names the key. file: which of the version's it is about."""
+
+    def __init__(self, message: str, file: str = MODEL_FILE) -> None:
+        super().__init__(message)
+        self.file = file
 
 
 class RequestError(ValueError):
@@ -178,19 +183,20 @@ class TritonPythonModel:
             pb_utils.TritonModelException: the config or the graph cannot be served; the message names the file.
         """
         config = json.loads(args["model_config"])
-        path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
+        # Where the files really are: `covae serve` shows Triton a link to the version's folder.
+        path = (Path(args["model_repository"]) / args["model_version"]).resolve() / MODEL_FILE
         try:
             self.inputs = tuple(Tensor.from_config(entry) for entry in config["input"])
             self.outputs = tuple(Tensor.from_config(entry) for entry in config["output"])
             self.batched = config.get("max_batch_size", 0) > 0
             self.run_options = run_options(config)
             self.model_digest = json.loads(parameter(config, MODEL_DIGEST, '""'))
-            graph = parameter(config, GRAPH_DIGEST, "")
-            self.session = load_session(path, graph, session_options(config), providers(config, args))
+            check_files(path.parent, digests(config))
+            self.session = load_session(path, session_options(config), providers(config, args))
             check_signature("input", self.inputs, self.session.get_inputs(), self.batched)
             check_signature("output", self.outputs, self.session.get_outputs(), self.batched)
         except LoadError as error:
-            raise pb_utils.TritonModelException(f"{path}: {error}") from error
+            raise pb_utils.TritonModelException(f"{path.with_name(error.file)}: {error}") from error
         give_back_memory()
         self.name, self.probed = config["name"], False
         self.meter = Meter(self.name)
@@ -455,26 +461,41 @@ def check_output(tensor: Tensor, array: Array, rows: int | None) -> Array:
     return array
 
 
-def load_session(path: Path, digest: str, options: Any, wanted: list[tuple[str, dict[str, str]]]) -> Any:
-    """Open the graph on the wanted providers. digest: its and its weights' SHA-256; "" of a config that does not tell.
+def digests(config: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each file that the config tells; none of a hand-made one that tells none."""
+    graph = parameter(config, GRAPH_DIGEST, "")
+    weights: dict[str, str] = json.loads(parameter(config, WEIGHTS_DIGESTS, "{}"))
+    return ({MODEL_FILE: graph} if graph else {}) | weights
 
-    Its bytes are not held meanwhile: ONNX Runtime opens the files itself, after they were read for the digest.
+
+def check_files(version: Path, wanted: Mapping[str, str]) -> None:
+    """Hold a version's files against their SHA-256.
 
     Raises:
-        LoadError: a file is missing, another than the config's, or no ONNX graph, or a provider is absent or did not
-            start.
+        LoadError: one is missing or another.
     """
-    try:
-        found = digest_of(path)
-    except FileNotFoundError:
-        raise LoadError("no such file; export the model again") from None
-    except OSError as error:
-        raise LoadError(f"{error.strerror}; may this user read it?") from error
-    if digest not in ("", found):
-        raise LoadError(
-            f"its SHA-256 is {found[:12]}…, config.pbtxt has {digest[:12]}…: it or its weights beside it are damaged "
-            "or another's; export the model again"
-        )
+    for name, digest in ({MODEL_FILE: ""} | dict(wanted)).items():
+        try:
+            with (version / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise LoadError("no such file; export the model again", name) from None
+        except OSError as error:
+            raise LoadError(f"{error.strerror}; may this user read it?", name) from error
+        if digest not in ("", found):
+            raise LoadError(
+                f"its SHA-256 is {found[:12]}…, config.pbtxt has {digest[:12]}…: the file is damaged or another's; "
+                "export the model again",
+                name,
+            )
+
+
+def load_session(path: Path, options: Any, wanted: list[tuple[str, dict[str, str]]]) -> Any:
+    """Open the graph, with its weights beside it, on the wanted providers.
+
+    Raises:
+        LoadError: it is no ONNX graph, or a provider is absent or did not start.
+    """
     available = ort.get_available_providers()
     missing = [name for name, _ in wanted if name not in available]
     if missing:
@@ -493,16 +514,6 @@ def load_session(path: Path, digest: str, options: Any, wanted: list[tuple[str, 
         # ONNX Runtime falls back to the CPU with a mere warning, a hundred times slower.
         raise LoadError(f"{wanted[0][0]} did not start, ONNX Runtime fell back to {session.get_providers()}")
     return session
-
-
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a graph's file and of its weights' after it; `covae_core.release.graph_digest`."""
-    digest = hashlib.sha256()
-    for file in (path, *sorted(path.parent.glob("weights-*.bin"))):
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def give_back_memory() -> None:
