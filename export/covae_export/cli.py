@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from covae_core.operations import Operation
     from covae_export.exporting import Exported
 
+DEFAULT_REPOSITORY = Path("model_repository")
+
 
 def export(
     run: Annotated[Path, typer.Argument(help="folder of a trained run")],
-    repository: Annotated[Path, typer.Option(help="Triton model repository to publish in")] = Path("model_repository"),
+    repository: Annotated[Path, typer.Option(help="Triton model repository to publish in")] = DEFAULT_REPOSITORY,
     name: Annotated[str | None, typer.Option(help="the model's name on the server  [the folder's name]")] = None,
     operations: Annotated[
         str | None, typer.Option(help="these alone, with commas between, as sample,score  [all that the model can do]")
@@ -84,4 +86,11 @@ def _print(console: Console, exported: Exported) -> None:
     for item in exported.disagreements:
         table.add_row(item.operation.name, item.output, f"{item.error:.2g}", f"{item.tolerance:g}")
     console.print(table)
-    console.print(f"published in {exported.repository}; serve it with: covae serve {exported.name}")
+    place = "" if exported.repository == DEFAULT_REPOSITORY else f" --repository {exported.repository}"
+    console.print(
+        f"published as version {exported.version} in {exported.repository}; serve it with: "
+        f"covae serve {exported.name}{place}",
+        soft_wrap=True,
+    )
+    if exported.version > 1:
+        console.print("a running server goes on with the version that it has; restart it for this one", soft_wrap=True)

@@ -100,6 +100,8 @@ def run_until_signal(service: Service) -> None:
             typer.echo(f"gRPC     {service.grpc_address}")
             typer.echo(f"metrics  {service.metrics_url}")
             typer.echo(f"models   {', '.join(model.model_name for model in service.models)}")
+            versions = dict.fromkeys(f"{model.name} {model.version}" for model in service.models)
+            typer.echo(f"versions {', '.join(versions)}")
             service.wait()
         typer.echo("stopping: requests in flight finish first; Ctrl-C again ends them", err=True)
     finally:

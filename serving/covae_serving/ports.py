@@ -42,8 +42,8 @@ def check_host(host: str) -> None:
 def cannot_be_bound(host: str, port: int, option: str) -> str:
     """What to do when a server cannot listen."""
     return (
-        f"{host}:{port} cannot be bound (in use, or not an address of this machine); "
-        f"choose another {option}, or 0 for any free one"
+        f"{host}:{port} cannot be bound (in use, as by another `covae serve`, or not an address of this machine); "
+        f"choose another {option}; --port 0 takes free ones for gRPC and metrics"
     )
 
 

@@ -52,8 +52,11 @@ def test_sample_writes_numbered_files_that_equal_the_librarys_images(covae, mode
 def test_sample_writes_one_grid_on_request(covae, model, tmp_path):
     assert covae("sample", "toy", "-n", 5, "--grid", "grid.png").stdout == "5 images: grid.png\n"
     grid = pixels(tmp_path / "grid.png")
-    assert grid.shape == (2 * 6 + 1, 3 * 5 + 2, 3)
-    np.testing.assert_array_equal(grid[7:, 6:11], model.sample(5)[4])
+    times = 9  # images of 6×5, each pixel 9×9 times, to be seen
+    assert grid.shape == (2 * 6 * times + 1, 3 * 5 * times + 2, 3)
+    np.testing.assert_array_equal(
+        grid[6 * times + 1 :: times, 5 * times + 1 : 10 * times + 1 : times], model.sample(5)[4]
+    )
     assert not (tmp_path / "samples").exists()
 
 

@@ -201,7 +201,8 @@ def sample(
         Path | None, typer.Option("--out", help="The folder for 0000.png, 0001.png, …", show_default="samples")
     ] = None,
     grid: Annotated[
-        Path | None, typer.Option("--grid", metavar="FILE.png", help="Write one picture of all images instead.")
+        Path | None,
+        typer.Option("--grid", metavar="FILE.png", help="Write one picture of all, small ones enlarged."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the images that are in the folder, where they are others.")

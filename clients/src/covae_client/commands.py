@@ -29,6 +29,8 @@ from covae_core.warp import PRIOR
 # Images held in memory at a time.
 BLOCK = 256
 MAX_GRID_IMAGES = 10_000
+# About the least side of an image in a picture of many.
+GRID_SIDE = 56
 # Which samples a folder holds.
 MANIFEST = "samples.json"
 MAX_EDIT_SAMPLES = 10_000
@@ -107,8 +109,14 @@ def sample(
                 kept.append(images)
     if grid is None:
         return out
-    save_image(grid, contact_sheet(np.concatenate(kept)))
+    save_image(grid, contact_sheet(_enlarged(np.concatenate(kept))))
     return grid
+
+
+def _enlarged(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images with a side below GRID_SIDE, each pixel as often as brings it there, to be seen. (N, H, W, C)"""
+    times = max(1, GRID_SIDE // max(images.shape[1:3]))
+    return images.repeat(times, axis=1).repeat(times, axis=2)
 
 
 def _make_room(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:

@@ -435,7 +435,10 @@ def warp_of(spec: ModelSpec, name: str) -> WarpSpec:
         InvalidArgument: it has no pose that is a warp.
     """
     if spec.warp is None:
-        raise InvalidArgument(f"pose: {name}, a {spec.family}, has no pose that is a warp of the image")
+        raise InvalidArgument(
+            f"pose: {name}, a {spec.family}, has no pose that is a warp of the image: leave it out, or take a "
+            "model of a family that has one, as tvae-affine5"
+        )
     return spec.warp
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 
@@ -301,9 +301,14 @@ def write_csv(file: Path, rows: Sequence[FileScore], **_: Any) -> None:
         with file.open("w", newline="", encoding="utf-8") as stream:
             table = csv.DictWriter(stream, [field.name for field in fields(FileScore)])
             table.writeheader()
-            table.writerows(asdict(row) for row in rows)
+            table.writerows({key: _cell(value) for key, value in asdict(row).items()} for row in rows)
 
     writing(file, write)
+
+
+def _cell(value: Any) -> Any:
+    """As a line of CSV has it: nothing in place of NaN."""
+    return None if isinstance(value, float) and isnan(value) else value
 
 
 def write_json(file: Path, rows: Sequence[FileScore], *, name: str, num_samples: int, seed: int) -> None:

@@ -62,6 +62,7 @@ STATUS_ERRORS: Mapping[str, tuple[type[ServerError], str]] = {
 # gRPC's words where certificates do not fit, or one side speaks TLS and the other does not.
 SIGNS = {
     "CERTIFICATE_VERIFY_FAILED": "do you trust its authority? Tls(root_certificates=…), or COVAE_TLS_CA",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS: leave Client(tls=…) out, or unset COVAE_TLS_CA",
     "handshake": "does it ask for TLS, or for a certificate? Client(tls=…), or COVAE_TLS_CA",
     "Socket closed": "does it ask for TLS, or for a certificate? Client(tls=…), or COVAE_TLS_CA",
 }

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -183,8 +184,7 @@ class TritonPythonModel:
             pb_utils.TritonModelException: the config or the graph cannot be served; the message names the file.
         """
         config = json.loads(args["model_config"])
-        # Where the files really are: `covae serve` shows Triton a link to the version's folder.
-        path = (Path(args["model_repository"]) / args["model_version"]).resolve() / MODEL_FILE
+        path = Path(args["model_repository"]) / args["model_version"] / MODEL_FILE
         try:
             self.inputs = tuple(Tensor.from_config(entry) for entry in config["input"])
             self.outputs = tuple(Tensor.from_config(entry) for entry in config["output"])
@@ -196,7 +196,7 @@ class TritonPythonModel:
             check_signature("input", self.inputs, self.session.get_inputs(), self.batched)
             check_signature("output", self.outputs, self.session.get_outputs(), self.batched)
         except LoadError as error:
-            raise pb_utils.TritonModelException(f"{path.with_name(error.file)}: {error}") from error
+            raise pb_utils.TritonModelException(f"{real_name(path.with_name(error.file))}: {error}") from error
         give_back_memory()
         self.name, self.probed = config["name"], False
         self.meter = Meter(self.name)
@@ -459,6 +459,12 @@ def check_output(tensor: Tensor, array: Array, rows: int | None) -> Array:
         expected = [*([] if rows is None else [rows]), *tensor.dims]
         raise OutputError(f"output {tensor.name}: shape is {list(array.shape)}, config.pbtxt promises {expected}")
     return array
+
+
+def real_name(path: Path) -> str:
+    """Where a file really is, to be told: `covae serve` shows Triton a link to the version's folder. A stub's own
+    encoding of files' names may be ASCII."""
+    return os.fsencode(path.parent.resolve() / path.name).decode("utf-8", "replace")
 
 
 def digests(config: Mapping[str, Any]) -> dict[str, str]:
