@@ -108,7 +108,8 @@ def run_demo(
     except InvalidArgument as error:  # images too large for its dense layers
         posed = None
         console.print(f"without a pose: {error}", soft_wrap=True)
-    for run in (*runs, *([posed] if posed else [])):
+    made = [*runs, *([posed] if posed else [])]
+    for run in made:
         _export(run, places.repository, console)
     console.rule("4  serve and use")
     tours, shown = _use(runs, posed, images, places.repository, console)
@@ -121,7 +122,7 @@ def run_demo(
     )
     covae = Path(sys.argv[0]) if Path(sys.argv[0]).name == "covae" else Path("covae")
     command = covae.relative_to(Path.cwd()) if covae.is_relative_to(Path.cwd()) else covae
-    console.print(f"    {command} serve {' '.join(run.run_id for run in runs)}", soft_wrap=True)
+    console.print(f"    {command} serve {' '.join(run.run_id for run in made)}", soft_wrap=True)
     console.print(f"    {command} sample {runs[0].run_id} -n 16 --out out/samples", soft_wrap=True)
     return places.page
 
