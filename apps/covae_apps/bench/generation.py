@@ -247,7 +247,7 @@ def draw_plot(record: Mapping[str, Any], path: Path) -> None:
     names = [item["model"] for item in models]
     places = np.arange(len(models))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 1.2 + 0.42 * len(models)), layout="constrained")
+        figure = Figure(figsize=(9, 1.4 + 0.42 * len(models)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         over, inside = (
             [item["seconds_for_10000"] for item in models],
@@ -260,7 +260,7 @@ def draw_plot(record: Mapping[str, Any], path: Path) -> None:
         left.set_yticks(places, names)
         left.set_xlim(0, 1.15 * max(*over, *inside))
         left.set_xlabel("seconds for 10,000 images")
-        left.legend(frameon=False, loc="upper right")
+        left.legend(frameon=False, ncols=2, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         start = np.zeros(len(models))
         for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True):
             share = np.array([100 * item["split_ms"][phase] / sum(item["split_ms"].values()) for item in models])

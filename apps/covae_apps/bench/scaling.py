@@ -236,15 +236,21 @@ def draw_plot(record: Mapping[str, Any], path: Path) -> None:
     """Times and memory over each size, both axes logarithmic."""
     curves = record["curves"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 * len(curves), 2.9), layout="constrained")
-        for axis, item in zip(figure.subplots(1, len(curves)), curves, strict=True):
-            axis.loglog(item["sizes"], item["ms"], "o-", color=COLOURS[0], label="ms", ms=3)
-            axis.loglog(item["sizes"], item["memory_mb"], "s--", color=COLOURS[1], label="MB", ms=3)
+        figure = Figure(figsize=(10, 3 + 3 * ((len(curves) - 1) // 3)), layout="constrained")
+        for number, item in enumerate(curves):
+            axis = figure.add_subplot((len(curves) + 2) // 3, 3, number + 1)
+            axis.loglog(item["sizes"], item["ms"], "o-", color=COLOURS[0], label="time, ms", ms=4)
+            axis.loglog(item["sizes"], item["memory_mb"], "s--", color=COLOURS[1], label="memory, MB", ms=4)
             shown = [*item["ms"], *item["memory_mb"]]
             axis.set_ylim(0.5 * min(shown), 2 * max(shown))  # a flat line looks flat
+            for ticks in (axis.xaxis, axis.yaxis):
+                ticks.set_major_formatter("{x:,.0f}")
+                ticks.set_minor_formatter("")
+            axis.set_xticks([item["sizes"][0], item["sizes"][-1]])
             if item["sizes"][0] <= item["knee"] <= item["sizes"][-1]:
-                axis.axvline(item["knee"], color="#8a8f98", lw=0.8, ls=":")
+                axis.axvline(item["knee"], color="#8a8f98", lw=0.8, ls=":", label="knee")
             title = item["title"].partition(",")[0].partition(";")[0]
-            axis.set_title(f"{title}\nms ∝ size^{item['exponent']:.2f}", fontsize=8)
+            axis.set_title(f"time ∝ size^{item['exponent']:.2f}", fontsize=9)
+            axis.set_xlabel(title)
         figure.axes[0].legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=160)
