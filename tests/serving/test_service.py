@@ -168,7 +168,10 @@ def test_a_taken_port_is_named_with_the_option_that_changes_it(toy_repository, t
         port = taken.getsockname()[1]
         ports = {"grpc_port": 0, "metrics_port": 0, name: port}
 
-        with pytest.raises(ServingError, match=rf"127\.0\.0\.1:{port} cannot be bound .*choose another {option},"):
+        with pytest.raises(
+            ServingError,
+            match=rf"127\.0\.0\.1:{port} cannot be bound .*choose another {option}; --port 0 takes free ones",
+        ):
             Service(toy_repository, **ports).start()
 
     assert traces() == before
