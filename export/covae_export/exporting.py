@@ -22,13 +22,13 @@ from pathlib import Path
 from covae_core.contract import MOST_NAME, NAME_PATTERN, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS, Operation, served_names
-from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, digests, write_release
+from covae_core.release import CONFIG_FILE, MODEL_FILE, Release, write_release
 from covae_export.conversion import convert
 from covae_export.errors import ExportError
 from covae_export.graphs import build_graph, describe
 from covae_export.triton_config import build_config, to_text
 from covae_export.verification import Disagreement, refuse_unacceptable, verify
-from covae_export.weights import share_weights
+from covae_export.weights import digests, share_weights
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 from covae_train.threads import use_threads

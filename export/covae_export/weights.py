@@ -14,7 +14,7 @@ from typing import BinaryIO
 import onnx
 from onnx import ModelProto, TensorProto
 
-from covae_core.release import MODEL_FILE, weights_file
+from covae_core.release import MODEL_FILE, weights_file, weights_files
 
 # Smaller tensors stay in their graphs: shapes and scalars, which ONNX Runtime reads before it looks at weights.
 LEAST_BYTES = 1024
@@ -49,6 +49,15 @@ def share_weights(folders: Sequence[Path]) -> None:
     for first, *others in paths.values():
         for other in others:
             _link(first, other)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of a version's graph and of each of its files of weights, by the files' names."""
+    found = {}
+    for path in (folder / MODEL_FILE, *weights_files(folder)):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _large(model: ModelProto) -> Iterator[tuple[TensorProto, bytes, bytes]]:

@@ -9,8 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from covae_core.release import digests
-from covae_export.weights import ALIGNMENT, LEAST_BYTES, share_weights
+from covae_export.weights import ALIGNMENT, LEAST_BYTES, digests, share_weights
 
 RANDOM = np.random.default_rng(0)
 BOTH = RANDOM.normal(size=(16, 40)).astype(np.float32)

@@ -17,8 +17,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from covae_client import Client, errors
-from covae_core.release import digests
-from covae_export.weights import share_weights
+from covae_export.weights import digests, share_weights
 from covae_serving.errors import ServingError
 from covae_serving.service import Service
 

@@ -7,7 +7,6 @@ NAME_operation/V/             model.onnx, its weights-K.bin and config.pbtxt of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -28,15 +27,6 @@ class Release:
     version: int
     operations: tuple[str, ...]
     model_digest: str
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of a version's graph and of each of its files of weights, by the files' names."""
-    found = {}
-    for path in (folder / MODEL_FILE, *weights_files(folder)):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def weights_file(number: int) -> str:
