@@ -70,3 +70,35 @@ def test_rows_of_whole_packets_are_left_alone(row):
 
 def test_what_has_no_batch_is_left_alone():
     assert [node.op_type for node in filled(build("Log", TensorProto.FLOAT, (5,), batch=3)).graph.node] == ["Log"]
+
+
+SUMS = [((9,), [1]), ((3, 3), [1, 2]), ((72, 3), [-1]), ((25, 64), [1]), ((5, 7, 3), [1, 3]), ((25, 64), [1, 2])]
+
+
+def total(dtype, row, axes, keep):
+    x = helper.make_tensor_value_info("x", dtype, ["batch", *row])
+    given = helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes)
+    gone = {axis % (1 + len(row)) for axis in axes}
+    sizes = [1 if axis in gone else size for axis, size in enumerate(["batch", *row]) if keep or axis not in gone]
+    y = helper.make_tensor_value_info("y", dtype, sizes)
+    node = helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=keep)
+    graph = helper.make_graph([node], "graph", [x], [y], [given])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("row", "axes"), SUMS, ids=str)
+def test_a_rows_sum_is_the_same_in_every_batch(row, axes, dtype, keep):
+    before = total(dtype, row, axes, keep)
+    run, x = runner(filled(before)), np.random.default_rng(0).standard_normal((17, *row)).astype(DTYPES[dtype])
+    whole = run(x)
+    np.testing.assert_allclose(whole, runner(before)(x), rtol=1e-5, atol=1e-5)
+    assert whole.shape == runner(before)(x).shape
+    for rows in (1, 2, 3, 16):
+        assert run(x[:rows]).tobytes() == whole[:rows].tobytes()
+        assert run(x[-rows:]).tobytes() == whole[-rows:].tobytes()
+
+
+def test_sums_of_whole_packets_are_left_alone():
+    assert [node.op_type for node in filled(total(TensorProto.FLOAT, (2, PACKET), [2], 0)).graph.node] == ["ReduceSum"]
