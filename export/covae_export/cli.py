@@ -32,6 +32,9 @@ def export(
     max_batch_size: Annotated[int, typer.Option(min=1, help="rows the server may put into one batch")] = 64,
     instances: Annotated[int, typer.Option(min=1, help="server processes per operation")] = 1,
     instance_kind: Annotated[str, typer.Option(help="cpu, gpu, or auto: the GPU where there is one")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(help="float32, or float16: feature maps with half the bits, for GPUs; its errors are told")
+    ] = "float32",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one instance")] = 1,
     max_wait: Annotated[
         float, typer.Option(min=0, help="seconds that a request may wait, then it is refused; 0: until its deadline")
@@ -48,12 +51,14 @@ def export(
     from rich.console import Console
 
     from covae_core.errors import InvalidArgument
-    from covae_export.exporting import Deployment, export_run
+    from covae_export.exporting import PRECISIONS, Deployment, export_run
     from covae_export.triton_config import INSTANCE_KINDS
     from covae_train.run import load_run
 
     if instance_kind not in INSTANCE_KINDS:
         raise InvalidArgument(f"--instance-kind: found {instance_kind!r}; expected one of {', '.join(INSTANCE_KINDS)}")
+    if precision not in PRECISIONS:
+        raise InvalidArgument(f"--precision: found {precision!r}; expected {' or '.join(PRECISIONS)}")
     console = Console()
     with console.status("loading") as status:
 
@@ -72,6 +77,7 @@ def export(
             draw_samples=draw_samples,
             deployment=Deployment(max_batch_size, instances, instance_kind, threads, max_wait, priorities),
             on_operation=say,
+            precision=precision,
             jobs=jobs,
         )
     _print(console, exported)

@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -40,6 +40,8 @@ SCORE_BYTES = 2 * 2**30
 SCORE_PIXEL_BYTES = 12 * 64 * 8
 # Operations exported at a time, unless told; each takes a gigabyte.
 MOST_JOBS = 4
+# Of the networks' feature maps.
+PRECISIONS = ("float32", "float16")
 STAGING = ".staging-"
 STALE_S = 3600.0
 LONGEST = ("condition", "score", "surprise")
@@ -76,6 +78,7 @@ def export_run(
     score_samples: int | None = None,
     draw_samples: int = DRAW_SAMPLES,
     deployment: Deployment | None = None,
+    precision: str = "float32",
     on_operation: Callable[[Operation], None] = lambda operation: None,
     jobs: int | None = None,
 ) -> Exported:
@@ -83,6 +86,8 @@ def export_run(
 
     operations: these alone, none for all that the model can do; each takes disk and a process's memory where it is
     served.
+    precision: float16 computes the networks' feature maps so, but for exact operations': for GPUs; a CPU has no
+    such arithmetic and takes longer. How far each output is from float32's then stands in the configurations.
     jobs: operations at a time, each in a process of its own; None: as many as there are cores, MOST_JOBS at most.
 
     The graphs of the operations that the model can do are written and checked in a hidden folder of the repository,
@@ -113,14 +118,14 @@ def export_run(
     try:
         with _staging_folder(repository) as staging:
             disagreements = []
-            stage = partial(_stage, run.model, spec, deployment.threads, staging)
+            stage = partial(_stage, run.model, spec, deployment.threads, staging, precision)
             for operation, found in _each(stage, wanted, jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))):
                 on_operation(operation)
                 disagreements += found()
-            refuse_unacceptable(disagreements)
+            refuse_unacceptable(disagreements, precision)
             share_weights([staging / operation for operation in spec.operations])
             with _locked(repository):
-                version = publish(staging, repository, name, spec, deployment)
+                version = publish(staging, repository, name, spec, deployment, half_errors(disagreements, precision))
     except OSError as error:
         raise ExportError(f"{repository}: cannot publish {name}: {error}") from error
     return Exported(name, version, repository, disagreements)
@@ -247,14 +252,26 @@ def _result(found: Future[list[tuple[str, float, float]]], operation: Operation)
         ) from error
 
 
-def _stage(model: ImageModel, spec: ModelSpec, threads: int, staging: Path, operation: Operation) -> list[Disagreement]:
+def half_errors(disagreements: Sequence[Disagreement], precision: str) -> dict[str, dict[str, float]]:
+    """Of each operation that has float16 inside, how far its outputs are from float32's."""
+    found: dict[str, dict[str, float]] = {}
+    for item in disagreements:
+        if precision == "float16" and not item.operation.exact:
+            found.setdefault(item.operation.name, {})[item.output] = item.error
+    return found
+
+
+def _stage(
+    model: ImageModel, spec: ModelSpec, threads: int, staging: Path, precision: str, operation: Operation
+) -> list[Disagreement]:
     folder = staging / operation.name
     folder.mkdir()
-    convert(build_graph(operation, model, spec), folder / MODEL_FILE)
-    found = verify(model, spec, operation, folder / MODEL_FILE, threads)
+    own = "float32" if operation.exact else precision
+    convert(build_graph(operation, model, spec, precision=own), folder / MODEL_FILE)
+    found = verify(model, spec, operation, folder / MODEL_FILE, threads, own)
     if operation.exact and not all(item.acceptable for item in found):
         # A density as sharp as D = 1e-5 multiplies what float32 convolutions lose into whole nats.
-        convert(build_graph(operation, model, spec, float64=True), folder / MODEL_FILE)
+        convert(build_graph(operation, model, spec, precision="float64"), folder / MODEL_FILE)
         found = verify(model, spec, operation, folder / MODEL_FILE, threads)
     return found
 
@@ -274,8 +291,17 @@ def default_score_samples(image_shape: tuple[int, int, int]) -> int:
     return max(1, min(10, 10 * 64 * 64 // (height * width)))
 
 
-def publish(staging: Path, repository: Path, name: str, spec: ModelSpec, deployment: Deployment) -> int:
+def publish(
+    staging: Path,
+    repository: Path,
+    name: str,
+    spec: ModelSpec,
+    deployment: Deployment,
+    errors: Mapping[str, Mapping[str, float]] | None = None,
+) -> int:
     """Publish graphs as the next version of a model, which comes back; staging: a folder of each of spec's operations.
+
+    errors: of operations with float16 inside; see `half_errors`.
 
     Moves the folders into place, then switches to them, then tells it to Tritons that nobody supervises.
     """
@@ -284,7 +310,8 @@ def publish(staging: Path, repository: Path, name: str, spec: ModelSpec, deploym
     spec = spec.exported(files)
     for operation in spec.operations:
         wanted = vars(_deployment_of(OPERATIONS[operation], spec, deployment))
-        config = build_config(name, spec, OPERATIONS[operation], version, files[operation], **wanted)
+        half = (errors or {}).get(operation, {})
+        config = build_config(name, spec, OPERATIONS[operation], version, files[operation], half, **wanted)
         (staging / operation / CONFIG_FILE).write_text(to_text(config))
     entries = {operation: repository / served_name(name, operation) for operation in spec.operations}
     for operation, entry in entries.items():

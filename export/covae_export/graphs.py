@@ -12,6 +12,8 @@ from covae_core.contract import ModelSpec
 from covae_core.densities import Density
 from covae_core.operations import OPERATIONS, Operation, abilities
 from covae_export.float64 import in_float64, runnable_in_float64
+from covae_export.half import with_half_features
+from covae_export.subpixel import without_upsampling
 from covae_export.traced_backend import TracedBackend
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
@@ -37,13 +39,17 @@ def build_reference(operation: Operation, model: ImageModel, spec: ModelSpec) ->
     return Graph(in_float64(model) if operation.exact else model, spec, operation).eval()
 
 
-def build_graph(operation: Operation, model: ImageModel, spec: ModelSpec, *, float64: bool = False) -> Graph:
-    """An operation as it is exported; float64: with the whole network in float64, in forms that ONNX Runtime has.
+def build_graph(operation: Operation, model: ImageModel, spec: ModelSpec, *, precision: str = "float32") -> Graph:
+    """An operation as it is exported: convolutions of upsampled maps at the maps' own size.
+
+    precision: float64: the whole network, in forms that ONNX Runtime has; float16: the networks' feature maps.
 
     Raises:
         ExportError: the model has a layer of a kind that has no float64 form.
     """
-    return Graph(runnable_in_float64(model) if float64 else model, spec, operation).eval()
+    exported = without_upsampling(in_float64(model) if precision == "float64" else model)
+    forms = {"float16": with_half_features, "float64": runnable_in_float64}
+    return Graph(forms[precision](exported) if precision in forms else exported, spec, operation).eval()
 
 
 @torch.no_grad()

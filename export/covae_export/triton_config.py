@@ -10,6 +10,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from covae_core.contract import (
     GRAPH_DIGEST,
+    HALF_ERRORS,
     PLATFORM_BACKEND,
     WEIGHTS_DIGESTS,
     ModelSpec,
@@ -33,6 +34,7 @@ def build_config(
     operation: Operation,
     version: int,
     digests: Mapping[str, str],
+    half_errors: Mapping[str, float] | None = None,
     *,
     max_batch_size: int = 64,
     instances: int = 1,
@@ -47,6 +49,7 @@ def build_config(
         version: the one that it is of; Triton serves no other
         digests: the SHA-256 of the operation's graph and of its files of weights, by their names, which the backend
             checks when it loads them
+        half_errors: where the graph has float16 inside, how far each output is from float32's
         instances: processes per model (per GPU with `gpu`)
         instance_kind: `cpu`, `gpu`, or `auto` (the GPU where there is one; needs the extra `gpu` there)
         threads: threads with which one instance runs its graph on the CPU
@@ -78,6 +81,8 @@ def build_config(
         WEIGHTS_DIGESTS: json.dumps({name: digest for name, digest in digests.items() if name != MODEL_FILE}),
         "intra_op_thread_count": str(threads),
     }
+    if half_errors:
+        values[HALF_ERRORS] = json.dumps(half_errors)
     for key, value in values.items():
         config.parameters[key].string_value = value
     return config

@@ -25,6 +25,8 @@ EXACT_BATCHES = (1, 2, 3)
 # Largest error allowed per dtype: FP32 relative to 1 + |value|; UINT8 in grey levels (a value next to ½ may round the
 # other way); FP64 in nats.
 TOLERANCES = {"FP32": 1e-4, "UINT8": 1.0, "FP64": 0.05}
+# The same where feature maps are in float16, whose unit of rounding is 5e-4.
+HALF_TOLERANCES = {"FP32": 0.05, "UINT8": 4.0}
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,11 @@ class Disagreement:
 
 
 def verify(
-    model: ImageModel, spec: ModelSpec, operation: Operation, path: Path, threads: int = 1
+    model: ImageModel, spec: ModelSpec, operation: Operation, path: Path, threads: int = 1, precision: str = "float32"
 ) -> list[Disagreement]:
     """Compare an ONNX file with torch for batches of 1, 2, 3 and 17, of 1, 2 and 3 for an exact operation.
+
+    precision: the file's, float32 or float16; torch's is float32.
 
     Raises:
         ExportError: ONNX Runtime cannot run the graph, or a row's bytes depend on its batch.
@@ -68,7 +72,8 @@ def verify(
                 raise ExportError(
                     f"{operation.name}: {tensor.name} of a row differs between batches of {rows} and {max(batches)}"
                 )
-    return [Disagreement(operation, t.name, errors[t.name], TOLERANCES[t.dtype]) for t in outputs]
+    allowed = HALF_TOLERANCES if precision == "float16" else TOLERANCES
+    return [Disagreement(operation, t.name, errors[t.name], allowed[t.dtype]) for t in outputs]
 
 
 def _session(path: Path, operation: Operation, threads: int) -> onnxruntime.InferenceSession:
@@ -124,8 +129,8 @@ def _worse(first: float, second: float) -> float:
     return float(np.maximum(first, second))
 
 
-def refuse_unacceptable(disagreements: Iterable[Disagreement]) -> None:
-    """Raise if any output is too far from torch.
+def refuse_unacceptable(disagreements: Iterable[Disagreement], precision: str = "float32") -> None:
+    """Raise if any output is too far from torch; precision: of the graphs, to be told.
 
     Raises:
         ExportError: names each such output, its error and its tolerance.
@@ -133,4 +138,5 @@ def refuse_unacceptable(disagreements: Iterable[Disagreement]) -> None:
     bad = [d for d in disagreements if not d.acceptable]
     if bad:
         listed = "; ".join(f"{d.operation.name}.{d.output}: {d.error:.3g}, allowed {d.tolerance:g}" for d in bad)
-        raise ExportError(f"the ONNX graphs disagree with torch, nothing was published: {listed}")
+        advice = "; try --precision float32" if precision == "float16" else ""
+        raise ExportError(f"the ONNX graphs disagree with torch, nothing was published: {listed}{advice}")

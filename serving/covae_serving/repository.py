@@ -12,6 +12,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelVersionPolicy
 
 from covae_core.contract import (
     GRAPH_DIGEST,
+    HALF_ERRORS,
     MOST_NAME,
     NAME_PATTERN,
     PLATFORM_BACKEND,
@@ -39,7 +40,7 @@ CONFIG_FIELDS = frozenset(
      "model_transaction_policy")
 )  # fmt: skip
 PARAMETERS = frozenset(field.name for field in fields(ModelSpec)) | {
-    "colour", "operation", GRAPH_DIGEST, WEIGHTS_DIGESTS, "intra_op_thread_count", "inter_op_thread_count",
+    "colour", "operation", GRAPH_DIGEST, WEIGHTS_DIGESTS, HALF_ERRORS, "intra_op_thread_count", "inter_op_thread_count",
     "execution_mode", "enable_mem_arena", "enable_mem_pattern", "memory.enable_memory_arena_shrinkage",
     "share_session_between_instances",
     # ONNX Runtime's own: of its other settings some name files that it reads or writes.

@@ -49,8 +49,9 @@ class ImageModel(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the network computes in."""
-        return next(chain(self.parameters(), self.buffers())).dtype
+        """The dtype of latents and densities: the widest of the network's."""
+        floats = (value.dtype for value in chain(self.parameters(), self.buffers()) if value.is_floating_point())
+        return max(floats, key=lambda dtype: dtype.itemsize)
 
     def prior(self, name: str) -> Prior:
         """p(z) of one latent."""

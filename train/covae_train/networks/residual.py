@@ -112,8 +112,15 @@ class Upsample(nn.Module):
         super().__init__()
         self.size = size
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a last row or column is left out."""
+        return any(side % 2 for side in self.size)
+
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.interpolate(x, self.size, mode="nearest")
+        # By a factor, not a size: ONNX Runtime keeps its own layout of maps through such a Resize alone.
+        doubled: Tensor = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        return doubled[..., : self.size[0], : self.size[1]] if self.cuts else doubled
 
 
 class UpsamplingBlock(nn.Module):
