@@ -24,8 +24,8 @@ DISTRIBUTIONS = {
     "covae_client": (ROOT / "clients", {"covae_client", "covae_core"}),
 }
 BACKEND = "covae_serving/backends/onnxruntime/model.py"
-# Only Triton has triton_python_backend_utils, and LitServe comes with no extra: nobody else can import these.
-NOT_IMPORTED = {BACKEND, "covae_apps/bench/litserve_server.py"}
+# Only Triton has triton_python_backend_utils, LitServe and BentoML come with no extra: nobody else can import these.
+NOT_IMPORTED = {BACKEND, "covae_apps/bench/litserve_server.py", "covae_apps/bench/bentoml_server.py"}
 HEAVY = ("torch", "onnx", "onnxruntime", "datasets", "covae_train", "covae_export", "covae_serving", "covae_apps")
 # What a serving machine does without.
 LEARNING = ("torch", "onnx", "onnxscript", "datasets", "matplotlib", "sklearn")

@@ -27,8 +27,8 @@ IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 package = importlib.import_module({package!r})
 for module in pkgutil.walk_packages(package.__path__, {package!r} + "."):
-    # Only Triton has what the first needs, only who installed LitServe what the second does.
-    if ".backends.onnxruntime" not in module.name and not module.name.endswith(".litserve_server"):
+    # Only Triton has what the first needs, only who installed LitServe or BentoML what the others do.
+    if not any(name in module.name for name in (".backends.onnxruntime", ".litserve_server", ".bentoml_server")):
         importlib.import_module(module.name)
 print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
 """

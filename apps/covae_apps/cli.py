@@ -303,7 +303,8 @@ def bench_peers(
 ) -> None:
     """Time a sos-vae's samples over gRPC beside ONNX Runtime, PyTorch, torch.compile and OpenVINO in process.
 
-    And beside LitServe. The images are compared first. OpenVINO and LitServe are left out where they are not installed.
+    And beside LitServe and BentoML. The images are compared first. OpenVINO, LitServe and BentoML are left out where
+    they are not installed.
     """
     use_threads(threads)
     from rich.console import Console

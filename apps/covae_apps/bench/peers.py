@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,11 +14,11 @@ import numpy as np
 import onnxruntime
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from covae_apps.bench.generation import DisagreeError, session_like
 from covae_apps.bench.graphs import untrained
-from covae_apps.bench.litserve_peer import is_installed, litserve_peer
+from covae_apps.bench.http_peers import FRAMEWORKS, Framework, peer_of
 from covae_apps.bench.repositories import untrained_repository
 from covae_apps.bench.roofline import SIDE, convolutions, rates
 from covae_apps.bench.stopwatch import (
@@ -35,6 +36,7 @@ from covae_apps.bench.stopwatch import (
 )
 from covae_client import Client
 from covae_client.model import Model
+from covae_core.contract import ModelSpec
 from covae_core.images import channels_last, to_uint8
 from covae_core.noise import row_seeds
 from covae_core.operations import draw_latents
@@ -48,7 +50,7 @@ BATCHES = (1, 16, 64)
 # What a ratio of ours over theirs may be: over gRPC beside the same graph in process, by batch; beside PyTorch.
 IN_PROCESS = {1: 1.0, 16: 1 / 0.98, 64: 1 / 0.99}
 EAGER, COMPILED, OPENVINO, STRUCTURED, CONCURRENT = 1 / 1.5, 1 / 1.1, 1 / 0.95, 1.05, 1 / 0.95
-LITSERVE, LITSERVE_ALONE, HALVED = 0.5, 0.5, 0.6
+FRAMEWORK, FRAMEWORK_ALONE, HALVED = 0.5, 0.5, 0.6
 # One image over gRPC may take so much longer than in process, whatever IN_PROCESS says of it.
 MOST_MS = 1.0
 CLIENTS, CLIENTS_S, CONCURRENT_RUNS = 8, 4.0, 3
@@ -67,7 +69,8 @@ def run_peers(
     """
     facts = machine()
     torch.set_num_threads(threads)
-    network, _ = untrained(image_shape, 1, 1, FAMILY)
+    network, spec = untrained(image_shape, 1, 1, FAMILY)
+    from_noise = FromNoise(network, spec)
     rows = [round_trip(repeats)]
     omitted: dict[str, str] = {}
     with (
@@ -77,13 +80,14 @@ def run_peers(
     ):
         model, session = client.model(FAMILY), session_like(repository, FAMILY)
         for batch in BATCHES:
-            found, left_out = arms(model, session, network, repository, batch, repeats, compiled)
+            found, left_out = arms(model, session, network, from_noise, batch, repeats, compiled)
             rows, omitted = rows + found, omitted | left_out
         rows.append(concurrent(service.grpc_address, session))
-        if is_installed():
-            rows += beside_litserve(service.grpc_address, model, threads, image_shape, repeats)
-        else:
-            omitted["LitServe"] = "it is not installed (`pip install litserve`)"
+        for framework in FRAMEWORKS:
+            if framework.is_installed:
+                rows += beside(framework, service.grpc_address, model, threads, image_shape, repeats)
+            else:
+                omitted[framework.name] = f"it is not installed (`pip install {framework.package}`)"
         rows += structured(repository, session, repeats)
         limit = roofline(repository, session, threads, repeats)
     rows.append(halved(image_shape, threads, repeats))
@@ -123,7 +127,7 @@ def arms(
     model: Model,
     session: onnxruntime.InferenceSession,
     network: ImageModel,
-    repository: Path,
+    from_noise: FromNoise,
     batch: int,
     repeats: int,
     compiled: bool,
@@ -135,26 +139,24 @@ def arms(
         "grpc": (partial(model.sample, batch), 0),
         "ONNX Runtime in process": (lambda: session.run(["image"], feeds)[0], IN_PROCESS[batch]),
         "PyTorch eager, our noise": (partial(torch_images, network, torch.from_numpy(seeds)), EAGER),
-        "PyTorch eager, torch's noise": (partial(torch_noise_images, network, batch), EAGER),
+        "PyTorch eager, torch's noise": (lambda: from_noise.images(from_noise.draw(batch)), EAGER),
     }
     if compiled:
-        quick = torch.compile(partial(torch_noise_images, network, batch))
+        quick = torch.compile(lambda: from_noise.images(from_noise.draw(batch)))
         calls["torch.compile, torch's noise"] = (quick, COMPILED)
     images = calls["grpc"][0]().astype(int)
     for name in ("ONNX Runtime in process", "PyTorch eager, our noise"):
         if np.abs(calls[name][0]().astype(int) - images).max() > LEVELS:
             raise DisagreeError(f"{name}: the same seeds gave other images than over gRPC")
-    openvino = openvino_call(repository, threads=session.get_session_options().intra_op_num_threads, feeds=feeds)
     omitted = {}
+    openvino = openvino_images(from_noise, session.get_session_options().intra_op_num_threads)
     if openvino is None:
-        omitted["OpenVINO in process"] = "it is not installed (`pip install openvino`)"
-    elif np.abs(openvino().astype(int) - images).max() > LEVELS:
-        omitted["OpenVINO in process"] = (
-            "the same seeds give other images in it; its CPU plugin has 32-bit integers for 64-bit ones, in which the "
-            "hash of a seed is lost"
-        )
+        omitted["OpenVINO"] = "it is not installed (`pip install openvino`)"
     else:
-        calls["OpenVINO in process"] = (openvino, OPENVINO)
+        noise = from_noise.draw(batch)
+        if np.abs(openvino(noise).astype(int) - from_noise.images(noise).astype(int)).max() > LEVELS:
+            raise DisagreeError("OpenVINO: the same noise gave other images than in torch")
+        calls["OpenVINO in process, torch's noise"] = (lambda: openvino(from_noise.draw(batch)), OPENVINO)
     seconds = interleaved([case(name, call) for name, (call, _) in calls.items()], repeats)
     medians = {name: 1e3 * float(np.median(found)) for name, found in seconds.items()}
     rows = [
@@ -180,13 +182,28 @@ def torch_images(network: ImageModel, seeds: Tensor) -> np.ndarray[Any, Any]:
     return bytes_of(network.density(latents, len(seeds)).sample_rows(seeds))
 
 
-@torch.no_grad()
-def torch_noise_images(network: ImageModel, batch: int) -> np.ndarray[Any, Any]:
-    """Images by torch's own random numbers."""
-    latents = {name: torch.randn(batch, *shape) for name, shape in network.latents.items()}
-    density: Any = network.density(latents, batch)
-    factor_noise = torch.randn(batch, density.rank)
-    return bytes_of(density.from_noise(factor_noise, torch.randn(density.mean.shape)))
+class FromNoise(nn.Module):
+    """A sos-vae's images of noise, whoever drew it. shapes: (B, L), (B, R), (B, C, H, W) → (B, C, H, W)"""
+
+    def __init__(self, network: ImageModel, spec: ModelSpec) -> None:
+        super().__init__()
+        height, width, channels = spec.image_shape
+        self.network = network
+        self.shapes = (spec.latents["latent"], spec.density_parameters["factor"][:1], (channels, height, width))
+
+    def draw(self, batch: int) -> tuple[Tensor, ...]:
+        """Noise by torch's own random numbers."""
+        return tuple(torch.randn(batch, *shape) for shape in self.shapes)
+
+    def forward(self, latent: Tensor, factor_noise: Tensor, pixel_noise: Tensor) -> Tensor:
+        density: Any = self.network.density({"latent": latent}, len(latent))
+        images: Tensor = density.from_noise(factor_noise, pixel_noise)
+        return images
+
+    @torch.no_grad()
+    def images(self, noise: tuple[Tensor, ...]) -> np.ndarray[Any, Any]:
+        """Bytes, by torch."""
+        return bytes_of(self(*noise))
 
 
 def bytes_of(images: Tensor) -> np.ndarray[Any, Any]:
@@ -194,16 +211,23 @@ def bytes_of(images: Tensor) -> np.ndarray[Any, Any]:
     return to_uint8(channels_last(images.numpy()))
 
 
-def openvino_call(repository: Path, threads: int, feeds: dict[str, Any]) -> Callable[[], Any] | None:
-    """The graph in OpenVINO, None where it is not installed."""
+def openvino_images(from_noise: FromNoise, threads: int) -> Callable[[tuple[Tensor, ...]], np.ndarray[Any, Any]] | None:
+    """Bytes of noise by OpenVINO, None where it is not installed."""
     try:
         import openvino
     except ModuleNotFoundError:
         return None
-    path = repository / f"{FAMILY}_sample" / "1" / MODEL_FILE
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-    return lambda: request.infer(feeds)[request.model_outputs[0]].copy()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(from_noise, example_input=from_noise.draw(2))
+    request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
+
+    def images(noise: tuple[Tensor, ...]) -> np.ndarray[Any, Any]:
+        found = request.infer([value.numpy() for value in noise])[request.model_outputs[0]]
+        return bytes_of(torch.from_numpy(found))
+
+    return images
 
 
 def concurrent(address: str, session: onnxruntime.InferenceSession) -> Row:
@@ -221,34 +245,34 @@ def concurrent(address: str, session: onnxruntime.InferenceSession) -> Row:
     return Row(name, 1e3 * float(np.median(first)), 1e3 * float(np.median(second)), ratio(first, second), CONCURRENT)
 
 
-def beside_litserve(
-    address: str, model: Model, threads: int, image_shape: tuple[int, int, int], repeats: int
+def beside(
+    framework: Framework, address: str, model: Model, threads: int, image_shape: tuple[int, int, int], repeats: int
 ) -> list[Row]:
-    """The same images from LitServe, by torch: CLIENTS clients that ask for one after the other each, and one client.
+    """The same images from a framework, by torch: CLIENTS clients that ask for one after another each, and one client.
 
     Raises:
         DisagreeError: the images are others.
     """
     ours, theirs = [], []
-    with litserve_peer(threads, image_shape) as peer, Client(address) as client:
+    with peer_of(framework, threads, image_shape) as peer, Client(address) as client:
         served = client.model(FAMILY)
         seed = row_seeds(0, np.arange(1))
         if np.abs(peer.sample(seed[0]).astype(int) - model.sample(1)[0]).max() > LEVELS:
-            raise DisagreeError("LitServe: the same seed gave another image than over gRPC")
+            raise DisagreeError(f"{framework.name}: the same seed gave another image than over gRPC")
         for _ in range(CONCURRENT_RUNS):
             ours.append(1 / throughput(lambda start, rows: served.sample(rows, start=start), 1, CLIENTS, CLIENTS_S))
             theirs.append(1 / throughput(lambda start, rows: peer.sample(start), 1, CLIENTS, CLIENTS_S))
         alone = compared(
-            "one client, one image, beside LitServe",
+            f"one client, one image, beside {framework.name}",
             case("grpc", partial(model.sample, 1)),
-            case("LitServe", partial(peer.sample, 0)),
+            case(framework.name, partial(peer.sample, 0)),
             repeats,
-            LITSERVE_ALONE,
+            FRAMEWORK_ALONE,
         )
     first, second = np.array(ours), np.array(theirs)
-    name = f"{CLIENTS} clients, one image each, beside LitServe's; an image"
+    name = f"{CLIENTS} clients, one image each, beside {framework.name}'s; an image"
     medians = 1e3 * float(np.median(first)), 1e3 * float(np.median(second))
-    return [Row(name, *medians, ratio(first, second), LITSERVE), alone]
+    return [Row(name, *medians, ratio(first, second), FRAMEWORK), alone]
 
 
 def halved(image_shape: tuple[int, int, int], threads: int, repeats: int) -> Row:

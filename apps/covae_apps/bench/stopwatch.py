@@ -30,7 +30,10 @@ from covae_serving.health import Timing
 FEWEST_FOR_P99 = 459
 # The supervisor's probes would wait behind large batches, and be counted with them in Triton's queue.
 UNDISTURBED = Timing(probe_every_s=3600.0)
-PACKAGES = ("torch", "onnxruntime", "numpy", "scipy", "nvidia-pytriton", "tritonclient", "openvino", "litserve")
+PACKAGES = (
+    *("torch", "onnxruntime", "numpy", "scipy", "nvidia-pytriton", "tritonclient"),
+    *("openvino", "litserve", "bentoml"),
+)
 
 
 @dataclass(frozen=True)
