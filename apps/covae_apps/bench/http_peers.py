@@ -118,10 +118,13 @@ def peer_of(framework: Framework, threads: int, image_shape: tuple[int, int, int
         _wait_for(peer, framework.name, run)
         yield peer
     finally:
-        # Their workers do not all end with them; they are of their group.
+        # Asked, BentoML ends its workers, which are in sessions of their own; LitServe's, of its group, do not all end.
+        run.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(timeout=STOP_S)
         with suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-        run.wait(timeout=STOP_S)
+        run.wait()
 
 
 def _wait_for(peer: Peer, name: str, run: subprocess.Popen[Any]) -> None:
