@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,18 @@ def test_the_table_of_operations_is_the_one_in_the_code():
 
 def test_the_page_of_performance_is_what_the_records_say():
     assert (ROOT / "docs/performance.md").read_text(encoding="utf-8") == performance_page(ROOT / "bench")
+
+
+def test_a_gpus_records_come_last_and_say_which_they_are(tmp_path):
+    place = tmp_path / "gpu" / "float16"
+    place.mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "scoring.json", place)
+    alone = performance_page(tmp_path)
+    assert "## Scoring on a GPU, float16" in alone
+    shutil.copy(ROOT / "bench" / "scoring.json", tmp_path)
+    both = performance_page(tmp_path)
+    assert both.index("## Scoring\n") < both.index("## Scoring on a GPU, float16\n")
+    assert "not yet measured on a GPU" not in both.replace("\n", " ")
 
 
 def test_a_page_without_records_is_refused(tmp_path):

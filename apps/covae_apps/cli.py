@@ -111,6 +111,7 @@ Untrained = Annotated[
 ]
 ModelThreads = Annotated[int, typer.Option(min=1, help="CPU threads of an untrained model")]
 ModelDevice = Annotated[str, typer.Option(help="of an untrained model: cpu or gpu")]
+ModelPrecision = Annotated[str, typer.Option(help="of an untrained model's feature maps: float32 or float16")]
 Folder = Annotated[Path, typer.Option(help="folder for the JSON, the table and the plot")]
 
 
@@ -124,6 +125,7 @@ def bench_generation(
     repeats: Annotated[int, typer.Option(min=3, help="interleaved repeats of each ratio")] = 15,
     threads: ModelThreads = 2,
     device: ModelDevice = "cpu",
+    precision: ModelPrecision = "float32",
     folder: Folder = Path("bench"),
 ) -> None:
     """Time 10,000 images of each model, the first image, one latent's draws; and where a request's time goes.
@@ -136,7 +138,8 @@ def bench_generation(
     from covae_apps.bench.generation import run_generation
     from covae_apps.bench.repositories import benchmarked
 
-    with benchmarked(repository, names or [], untrained, ["sample", "draw"], threads, device) as (place, chosen):
+    operations = ["sample", "draw"]
+    with benchmarked(repository, names or [], untrained, operations, threads, device, precision) as (place, chosen):
         run_generation(place, chosen, images, batch, repeats, folder, Console())
 
 
@@ -155,6 +158,7 @@ def bench_latency(
     ] = None,
     threads: ModelThreads = 2,
     device: ModelDevice = "cpu",
+    precision: ModelPrecision = "float32",
     folder: Folder = Path("bench"),
 ) -> None:
     """Measure MLPerf's scenarios: Offline, SingleStream, and Server's highest rate whose p99 stays under a bound.
@@ -168,7 +172,7 @@ def bench_latency(
     from covae_apps.bench.latency import run_latency
     from covae_apps.bench.repositories import benchmarked
 
-    with benchmarked(repository, [name], untrained, [operation], threads, device) as (place, (chosen,)):
+    with benchmarked(repository, [name], untrained, [operation], threads, device, precision) as (place, (chosen,)):
         run_latency(place, chosen, operation, bound, requests, folder, Console(), witness)
 
 

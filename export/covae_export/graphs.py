@@ -42,14 +42,20 @@ def build_reference(operation: Operation, model: ImageModel, spec: ModelSpec) ->
 def build_graph(operation: Operation, model: ImageModel, spec: ModelSpec, *, precision: str = "float32") -> Graph:
     """An operation as it is exported: convolutions of upsampled maps at the maps' own size.
 
-    precision: float64: the whole network, in forms that ONNX Runtime has; float16: the networks' feature maps.
+    precision: float64: the whole network, in forms that ONNX Runtime has; float16: the networks' feature maps, but an
+    exact operation's; or float32.
 
     Raises:
         ExportError: the model has a layer of a kind that has no float64 form.
     """
     exported = without_upsampling(in_float64(model) if precision == "float64" else model)
-    forms = {"float16": with_half_features, "float64": runnable_in_float64}
-    return Graph(forms[precision](exported) if precision in forms else exported, spec, operation).eval()
+    forms = {"float16": with_half_features, "float32": lambda model: model, "float64": runnable_in_float64}
+    return Graph(forms[precision_of(operation, precision)](exported), spec, operation).eval()
+
+
+def precision_of(operation: Operation, precision: str) -> str:
+    """What an operation gets where a model is exported with a precision: an exact one no float16."""
+    return "float32" if operation.exact and precision == "float16" else precision
 
 
 @torch.no_grad()

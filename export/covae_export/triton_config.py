@@ -81,7 +81,7 @@ def build_config(
         WEIGHTS_DIGESTS: json.dumps({name: digest for name, digest in digests.items() if name != MODEL_FILE}),
         "intra_op_thread_count": str(threads),
     }
-    if half_errors:
+    if half_errors is not None:
         values[HALF_ERRORS] = json.dumps(half_errors)
     for key, value in values.items():
         config.parameters[key].string_value = value

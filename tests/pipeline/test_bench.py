@@ -178,6 +178,13 @@ def test_memory_is_what_a_call_holds_or_held():
         assert 0 < of_descendants()[f"cat {child.pid}"] < 20
 
 
+def command_lines():
+    """Of every process, those that ended meanwhile left out."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield file.read_text(encoding="utf-8", errors="replace").replace("\0", " ")
+
+
 @pytest.mark.slow
 def test_peers_compares_the_images_first_and_says_what_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "CLIENTS_S", 0.2)
@@ -187,7 +194,11 @@ def test_peers_compares_the_images_first_and_says_what_is_left_out(tmp_path, mon
     page = (tmp_path / "peers.md").read_text()
     assert re.search(r"The limit: an image is [\d.]+ GFLOP of convolutions.* [\d.]+ of what its product", page)
     assert all(name in page for name in names)
-    assert ("OpenVINO in process is left out" in page) == all("OpenVINO" not in name for name in names)
+    for name in ("OpenVINO in process", "LitServe", "BentoML"):
+        assert (f"{name} is left out" in page) == (not any(name in row for row in names))
+    assert not [line for line in command_lines() if "litserve_server" in line or "bentoml_server" in line], (
+        "one is left"
+    )
 
 
 def test_a_convolution_is_counted_by_the_products_that_it_adds_up(tmp_path):
@@ -270,6 +281,19 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
         run_latency(tmp_path, "m", "draw", None, 459, tmp_path, console)
     with pytest.raises(InvalidArgument, match="requests: found 100; expected 459"):
         run_latency(tmp_path, "m", "sample", None, 100, tmp_path, console)
-    unreadable = benchmarked(tmp_path, [], "64x64", ["sample"], 1, "cpu")
-    with pytest.raises(InvalidArgument, match="--untrained: found '64x64'; expected HxWxC"), unreadable:
-        pass
+    for given, message in (
+        (("64x64", ["sample"], 1), "--untrained: found '64x64'; expected HxWxC"),
+        (("8x8x1", ["sample"], 1, "cuda"), "--device: found 'cuda'; expected cpu or gpu"),
+        (("8x8x1", ["sample"], 1, "cpu", "half"), "--precision: found 'half'; expected float32 or float16"),
+        (("8x8x1", ["score"], 1, "cpu", "float16"), "--precision: found float16; score stay exact"),
+        ((None, ["sample"], 1, "gpu"), "--device: found gpu, which is of --untrained models; leave it out"),
+    ):
+        with pytest.raises(InvalidArgument, match=message), benchmarked(tmp_path, [], *given):
+            pass
+
+
+@pytest.mark.slow
+def test_generation_of_float16_says_so(tmp_path):
+    with benchmarked(tmp_path, ["beta-vae"], "16x16x1", ["sample"], 1, "cpu", "float16") as (place, names):
+        (found,) = run_generation(place, names, 64, 16, 3, tmp_path, Console(quiet=True))
+    assert (found.device, found.precision) == ("cpu", "float16")

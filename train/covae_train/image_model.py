@@ -49,9 +49,9 @@ class ImageModel(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of latents and densities: the widest of the network's."""
+        """The dtype of latents and densities: the network's, but float32 where that has float16 inside."""
         floats = (value.dtype for value in chain(self.parameters(), self.buffers()) if value.is_floating_point())
-        return max(floats, key=lambda dtype: dtype.itemsize)
+        return max(torch.float32, *floats, key=lambda dtype: dtype.itemsize)
 
     def prior(self, name: str) -> Prior:
         """p(z) of one latent."""

@@ -15,11 +15,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from covae_apps.bench.memory import descendants
 from covae_serving.errors import ServingError
 from covae_serving.ports import free_port
 
@@ -31,13 +35,13 @@ START_S, STOP_S = 120.0, 10.0
 class Framework:
     """One that serves the model with torch over HTTP.
 
-    package: what is installed of it. program: what Python runs, of a port, threads and an image's shape. path: what is
-    asked. question: of a seed. image: an answer's bytes as an image's.
+    package: what is installed of it. program: what Python runs, of a port; it finds threads and the image's shape in
+    COVAE_PEER. path: what is asked. question: of a seed. image: an answer's bytes as an image's.
     """
 
     name: str
     package: str
-    program: Callable[[int, int, tuple[int, int, int]], list[str]]
+    program: Callable[[int], list[str]]
     path: str
     question: Callable[[int], Mapping[str, Any]]
     image: Callable[[bytes], bytes]
@@ -52,7 +56,7 @@ FRAMEWORKS = (
     Framework(
         "LitServe",
         "litserve",
-        lambda port, threads, shape: ["covae_apps.bench.litserve_server", *map(str, (port, threads, *shape))],
+        lambda port: ["covae_apps.bench.litserve_server", str(port)],
         "/predict",
         lambda seed: {"seed": seed},
         lambda answer: answer,
@@ -60,7 +64,7 @@ FRAMEWORKS = (
     Framework(
         "BentoML",
         "bentoml",
-        lambda port, threads, shape: [
+        lambda port: [
             *("bentoml", "serve", "covae_apps.bench.bentoml_server:Samples"),
             *("--host", "127.0.0.1", "--port", str(port)),
         ],
@@ -72,10 +76,22 @@ FRAMEWORKS = (
 
 
 class Peer:
-    """A client of a framework's server, which keeps one connection for each thread that uses it."""
+    """A client of a framework's server, which keeps one connection for each thread that uses it.
 
-    def __init__(self, framework: Framework, port: int, image_shape: tuple[int, int, int]) -> None:
-        self._framework, self._port, self._shape, self._own = framework, port, image_shape, threading.local()
+    group: the server's processes.
+    """
+
+    def __init__(self, framework: Framework, port: int, image_shape: tuple[int, int, int], group: int) -> None:
+        self._framework, self._port, self._shape, self._group = framework, port, image_shape, group
+        self._own = threading.local()
+
+    def pause(self) -> None:
+        """Stop the server's processes: LitServe's take time while nobody asks anything."""
+        os.killpg(self._group, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let them run again."""
+        os.killpg(self._group, signal.SIGCONT)
 
     def sample(self, seed: int) -> NDArray[np.uint8]:
         """One image, (H, W, C)."""
@@ -92,7 +108,10 @@ class Peer:
             connection = self._own.connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         question = json.dumps(self._framework.question(int(seed)))
         connection.request("POST", self._framework.path, question, {"Content-Type": "application/json"})
-        answer: bytes = connection.getresponse().read()
+        response = connection.getresponse()
+        answer: bytes = response.read()
+        if response.status != HTTPStatus.OK:
+            raise ServingError(f"{self._framework.name}: it answered {response.status}: {answer[:200]!r}")
         return answer
 
 
@@ -104,35 +123,55 @@ def peer_of(framework: Framework, threads: int, image_shape: tuple[int, int, int
         ServingError: it does not answer in START_S.
     """
     port = free_port("127.0.0.1")
-    program = [sys.executable, "-m", *framework.program(port, threads, image_shape)]
-    settings = {"COVAE_PEER": " ".join(map(str, (threads, *image_shape))), "BENTOML_DO_NOT_TRACK": "True"}
-    run = subprocess.Popen(
-        program,
-        env=os.environ | settings,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        peer = Peer(framework, port, image_shape)
-        _wait_for(peer, framework.name, run)
-        yield peer
-    finally:
-        # Asked, BentoML ends its workers, which are in sessions of their own; LitServe's, of its group, do not all end.
-        run.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            run.wait(timeout=STOP_S)
+    with TemporaryDirectory(prefix="covae-peer-") as place:
+        settings = {
+            "COVAE_PEER": " ".join(map(str, (threads, *image_shape))),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "BENTOML_DO_NOT_TRACK": "True",
+            "BENTOML_HOME": place,
+        }
+        said = Path(place, "stderr.txt")
+        with said.open("wb") as errors:
+            run = subprocess.Popen(
+                [sys.executable, "-m", *framework.program(port)],
+                env=os.environ | settings,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+        try:
+            peer = Peer(framework, port, image_shape, run.pid)
+            _wait_for(peer, framework.name, run, said)
+            yield peer
+        finally:
+            _end(run)
+
+
+def _end(run: subprocess.Popen[Any]) -> None:
+    """End a server and all that it started: BentoML's workers are in sessions of their own, LitServe's do not all end
+    with it."""
+    started = [run.pid, *descendants(run.pid)]
+    for ask in (signal.SIGCONT, signal.SIGTERM):
         with suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+            os.killpg(run.pid, ask)
+    with suppress(subprocess.TimeoutExpired):
+        run.wait(timeout=STOP_S)
+    for pid in started:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run.wait()
 
 
-def _wait_for(peer: Peer, name: str, run: subprocess.Popen[Any]) -> None:
+def _wait_for(peer: Peer, name: str, run: subprocess.Popen[Any], said: Path) -> None:
     until = time.monotonic() + START_S
     while True:
-        with suppress(OSError, ValueError, http.client.HTTPException):
+        with suppress(OSError, http.client.HTTPException, ServingError):
             peer.sample(0)
             return
         if run.poll() is not None or time.monotonic() > until:
-            raise ServingError(f"{name}: no answer in {START_S:.0f} s; exit code {run.poll()}")
+            ended = f"it ended with {run.poll()}" if run.poll() is not None else f"no answer in {START_S:.0f} s"
+            last = said.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+            raise ServingError(
+                f"{name}: {ended}; uninstall it to leave it out. It said: {' / '.join(last) or 'nothing'}"
+            )
         time.sleep(0.2)

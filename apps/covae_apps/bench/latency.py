@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
+from covae_apps.bench.generation import made_for
 from covae_apps.bench.stopwatch import (
     FEWEST_FOR_P99,
     UNDISTURBED,
@@ -127,7 +128,8 @@ def run_latency(
         server = asyncio.run(run_server(address, name, operation, limit_ms, requests, median_ms, order))
     record = {
         "machine": {**facts, "load_after": os.getloadavg()[0]},
-        "settings": {"model": name, "operation": operation, "requests": requests, "runs": RUNS},
+        "settings": {"model": name, "operation": operation, "requests": requests, "runs": RUNS}
+        | made_for(repository, name, operation),
         "single_stream_ms": {
             key: asdict(Quoted.of([1e3 * float(np.quantile(run, share)) for run in streams]))
             for key, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))

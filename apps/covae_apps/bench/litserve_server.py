@@ -1,12 +1,13 @@
 """A sos-vae in LitServe, with torch, for `covae bench peers`, started as a program of its own:
 
-    python -m covae_apps.bench.litserve_server PORT THREADS HEIGHT WIDTH CHANNELS
+    COVAE_PEER="THREADS HEIGHT WIDTH CHANNELS" python -m covae_apps.bench.litserve_server PORT
 
 Answers POST /predict of {"seed": S} with the bytes of an image, uint8 (H, W, C), in batches as LitServe makes them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -50,7 +51,7 @@ class Samples(litserve.LitAPI):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    port, threads, height, width, channels = map(int, sys.argv[1:])
+    threads, height, width, channels = map(int, os.environ["COVAE_PEER"].split())
     use_threads(threads)
     server = litserve.LitServer(Samples(threads, (height, width, channels)), accelerator="cpu", devices=1)
-    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
+    server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")

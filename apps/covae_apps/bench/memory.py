@@ -75,6 +75,17 @@ def of_descendants() -> dict[str, float]:
 
     By the process's name and id.
     """
+    found = {}
+    for pid, name in descendants(os.getpid()).items():
+        try:
+            found[f"{name} {pid}"] = proportional(pid)
+        except OSError:
+            continue
+    return found
+
+
+def descendants(process: int) -> dict[int, str]:
+    """The processes that one, or one of those, has started: their names by their ids."""
     parents, names = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -83,12 +94,7 @@ def of_descendants() -> dict[str, float]:
             except OSError:  # it has ended meanwhile
                 continue
             parents[int(folder.name)], names[int(folder.name)] = int(rest.split()[1]), name
-    ours, found = {os.getpid()}, {}
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    for pid in sorted(ours - {os.getpid()}):
-        try:
-            found[f"{names[pid]} {pid}"] = proportional(pid)
-        except OSError:
-            continue
-    return found
+    found = {process}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: names[pid] for pid in sorted(found - {process})}

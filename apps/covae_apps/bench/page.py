@@ -15,8 +15,13 @@ OPENING = """# Performance
 
 Made by `covae bench page` from the records in `bench/`, which the commands below leave there. Times on shared machines
 are noisy, so compare ratios of one run; each table says its machine, load, versions and date. What the densities and
-single graphs take is in [results.md](results.md#densities). Nothing here is yet measured on a GPU; `--device gpu` makes
-models for one."""
+single graphs take is in [results.md](results.md#densities). {gpu}"""
+# The folder in the records' that `bench/gpu.sh` leaves its own in, one for each precision of feature maps.
+GPU = "gpu"
+ON_GPU = {
+    False: "Nothing here is yet measured on a GPU; `bench/gpu.sh` does that on a machine that has one.",
+    True: "The last sections are of a GPU, whose float32 is TF32 (`bench/gpu.sh`).",
+}
 
 
 class Section(NamedTuple):
@@ -101,32 +106,46 @@ def performance_page(folder: Path) -> str:
     Raises:
         InvalidArgument: there is none.
     """
-    parts = [OPENING]
-    for name, record in _records(folder):
-        section = SECTIONS[name]
-        picture = [f"![{section.title}](../bench/{name}.png)"] if section.plot else []
-        text = [
-            f"## {section.title}",
-            f"    {record['machine']['command']}",
-            section.text,
-            *picture,
-            section.tables(record),
-        ]
-        parts.append("\n\n".join(text))
-    if len(parts) == 1:
+    parts = _sections(folder, "../bench")
+    on_gpu = [part for place in _gpu_folders(folder) for part in _gpu_sections(place)]
+    if not parts and not on_gpu:
         raise InvalidArgument(
             f"{folder}: no records; expected some of {', '.join(f'{name}.json' for name in SECTIONS)}"
         )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([OPENING.format(gpu=ON_GPU[bool(on_gpu)]), *parts, *on_gpu]) + "\n"
+
+
+def _gpu_folders(folder: Path) -> list[Path]:
+    return sorted(place for place in (folder / GPU).glob("*") if place.is_dir())
+
+
+def _sections(folder: Path, pictures: str, where: str = "") -> list[str]:
+    parts = []
+    for name, record in _records(folder):
+        section = SECTIONS[name]
+        text = [
+            f"## {section.title}{where}",
+            f"    {record['machine']['command']}",
+            section.text,
+            *([f"![{section.title}]({pictures}/{name}.png)"] if section.plot else []),
+            section.tables(record),
+        ]
+        parts.append("\n\n".join(text))
+    return parts
+
+
+def _gpu_sections(place: Path) -> list[str]:
+    return _sections(place, f"../bench/{GPU}/{place.name}", f" on a GPU, {place.name}")
 
 
 def write_again(folder: Path) -> None:
-    """Write the tables, and draw the plots, of the records in a folder again."""
-    for name, record in _records(folder):
-        write_record(folder, name, record, SECTIONS[name].tables(record))
-        plot = SECTIONS[name].plot
-        if plot is not None:
-            plot(record, folder / f"{name}.png")
+    """Write the tables, and draw the plots, of the records in a folder again, and of a GPU's in it."""
+    for place in (folder, *_gpu_folders(folder)):
+        for name, record in _records(place):
+            write_record(place, name, record, SECTIONS[name].tables(record))
+            plot = SECTIONS[name].plot
+            if plot is not None:
+                plot(record, place / f"{name}.png")
 
 
 def _records(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -16,13 +16,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from covae_apps.bench.generation import DisagreeError, session_like
+from covae_apps.bench.generation import LEVELS, DisagreeError, session_like
 from covae_apps.bench.graphs import untrained
 from covae_apps.bench.http_peers import FRAMEWORKS, Framework, peer_of
 from covae_apps.bench.repositories import untrained_repository
 from covae_apps.bench.roofline import SIDE, convolutions, rates
 from covae_apps.bench.stopwatch import (
     UNDISTURBED,
+    Case,
     Row,
     case,
     compared,
@@ -55,8 +56,6 @@ FRAMEWORK, FRAMEWORK_ALONE, HALVED = 0.5, 0.5, 0.6
 MOST_MS = 1.0
 CLIENTS, CLIENTS_S, CONCURRENT_RUNS = 8, 4.0, 3
 SMALL_REPEATS = 20
-# uint8 images may differ by a grey level where a value is next to ½.
-LEVELS = 1
 
 
 def run_peers(
@@ -151,7 +150,7 @@ def arms(
     omitted = {}
     openvino = openvino_images(from_noise, session.get_session_options().intra_op_num_threads)
     if openvino is None:
-        omitted["OpenVINO"] = "it is not installed (`pip install openvino`)"
+        omitted["OpenVINO in process"] = "it is not installed (`pip install openvino`)"
     else:
         noise = from_noise.draw(batch)
         if np.abs(openvino(noise).astype(int) - from_noise.images(noise).astype(int)).max() > LEVELS:
@@ -260,12 +259,14 @@ def beside(
         if np.abs(peer.sample(seed[0]).astype(int) - model.sample(1)[0]).max() > LEVELS:
             raise DisagreeError(f"{framework.name}: the same seed gave another image than over gRPC")
         for _ in range(CONCURRENT_RUNS):
+            peer.pause()
             ours.append(1 / throughput(lambda start, rows: served.sample(rows, start=start), 1, CLIENTS, CLIENTS_S))
+            peer.go_on()
             theirs.append(1 / throughput(lambda start, rows: peer.sample(start), 1, CLIENTS, CLIENTS_S))
         alone = compared(
             f"one client, one image, beside {framework.name}",
-            case("grpc", partial(model.sample, 1)),
-            case(framework.name, partial(peer.sample, 0)),
+            Case("grpc", peer.pause, lambda _: model.sample(1)),
+            Case(framework.name, peer.go_on, lambda _: peer.sample(0)),
             repeats,
             FRAMEWORK_ALONE,
         )

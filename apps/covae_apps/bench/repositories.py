@@ -14,8 +14,8 @@ from covae_core.errors import InvalidArgument
 from covae_core.operations import OPERATIONS
 from covae_core.release import MODEL_FILE
 from covae_export.conversion import convert
-from covae_export.exporting import Deployment, default_score_samples, publish
-from covae_export.graphs import build_graph
+from covae_export.exporting import PRECISIONS, Deployment, default_score_samples, publish
+from covae_export.graphs import build_graph, precision_of
 from covae_export.weights import share_weights
 from covae_train.families import families
 
@@ -30,10 +30,11 @@ def untrained_repository(
     threads: int,
     *,
     deployment: Mapping[str, Any] | None = None,
+    precision: str = "float32",
     **options: Any,
 ) -> Iterator[Path]:
     """A repository of untrained models, each named as its family, as long as the context lasts. deployment: other
-    fields of `Deployment`; options: the families'.
+    fields of `Deployment`; precision: of feature maps, as export's; options: the families'.
 
     Their graphs are not compared with torch, as those of `covae export` are.
 
@@ -49,29 +50,51 @@ def untrained_repository(
             with TemporaryDirectory(prefix=".graphs-", dir=place) as graphs:
                 for name in spec.operations:
                     Path(graphs, name).mkdir()
-                    convert(build_graph(OPERATIONS[name], model, spec), Path(graphs, name, MODEL_FILE))
+                    graph = build_graph(OPERATIONS[name], model, spec, precision=precision)
+                    convert(graph, Path(graphs, name, MODEL_FILE))
                 share_weights([Path(graphs, name) for name in spec.operations])
-                publish(Path(graphs), Path(place), family, spec, Deployment(threads=threads, **(deployment or {})))
+                halved = [name for name in spec.operations if precision_of(OPERATIONS[name], precision) == "float16"]
+                publish(
+                    *(Path(graphs), Path(place), family, spec, Deployment(threads=threads, **(deployment or {}))),
+                    {name: {} for name in halved},
+                )
         yield Path(place)
 
 
 @contextmanager
 def benchmarked(
-    repository: Path, names: Sequence[str], untrained: str | None, operations: Sequence[str], threads: int, device: str
+    repository: Path,
+    names: Sequence[str],
+    untrained: str | None,
+    operations: Sequence[str],
+    threads: int,
+    device: str = "cpu",
+    precision: str = "float32",
 ) -> Iterator[tuple[Path, Sequence[str]]]:
     """The repository that a command is about, and which of its models.
 
-    untrained: HxWxC, and `names` are families then, or none for all that make such images.
+    untrained: HxWxC, and `names` are families then, or none for all that make such images. device, precision: theirs.
 
     Raises:
-        InvalidArgument: untrained is no size.
+        InvalidArgument: untrained is no size, or the device or the precision is none, or not of untrained models.
     """
+    chosen_of = {"--device": (device, ("cpu", "gpu")), "--precision": (precision, PRECISIONS)}
+    for option, (found, known) in chosen_of.items():
+        if found not in known:
+            raise InvalidArgument(f"{option}: found {found!r}; expected {' or '.join(known)}")
+        if untrained is None and found != known[0]:
+            raise InvalidArgument(
+                f"{option}: found {found}, which is of --untrained models; leave it out, a repository's have their own"
+            )
+    if precision == "float16" and all(OPERATIONS[name].exact for name in operations):
+        raise InvalidArgument(f"--precision: found float16; {' and '.join(operations)} stay exact, expected float32")
     if untrained is None:
         yield repository, names
         return
     shape = parse_shape("--untrained", untrained)
     chosen = names or [name for name in families() if name != "low-rank-normal"]
-    with untrained_repository(chosen, shape, operations, threads, deployment={"instance_kind": device}) as place:
+    deployment = {"instance_kind": device}
+    with untrained_repository(chosen, shape, operations, threads, deployment=deployment, precision=precision) as place:
         yield place, chosen
 
 

@@ -9,18 +9,32 @@ from typing import Any
 import onnxruntime
 from numpy.typing import NDArray
 
+from covae_core.errors import Unsupported
+
 Feeds = Mapping[str, NDArray[Any]]
 
 
 def session_of(path: Path, threads: int, gpu: bool = False, prepacked: bool = True) -> onnxruntime.InferenceSession:
-    """A graph with so many threads, which do not spin. prepacked: it may copy its weights into a layout of its own."""
+    """A graph with so many threads, which do not spin. prepacked: it may copy its weights into a layout of its own.
+
+    Raises:
+        Unsupported: there is no GPU that ONNX Runtime can use.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not prepacked:
         options.add_session_config_entry("session.disable_prepacking", "1")
     providers = [*(["CUDAExecutionProvider"] if gpu else []), "CPUExecutionProvider"]
-    return onnxruntime.InferenceSession(path, options, providers=providers)
+    if gpu:  # CUDA and cuDNN may have come as Python packages, where the dynamic loader does not look
+        onnxruntime.preload_dlls()
+    session = onnxruntime.InferenceSession(path, options, providers=providers)
+    if session.get_providers()[0] != providers[0]:
+        raise Unsupported(
+            f"{providers[0]}: it did not start, ONNX Runtime has {session.get_providers()}; install onnxruntime-gpu in "
+            "place of onnxruntime"
+        )
+    return session
 
 
 def calls(graphs: Mapping[Path, Feeds], threads: int) -> list[onnxruntime.InferenceSession]:

@@ -41,7 +41,7 @@ TOKEN_HEADER = f"triton-grpc-protocol-{TOKEN_NAME}"
 GRAPH_DIGEST = "graph_sha256"
 WEIGHTS_DIGESTS = "weights_sha256"
 # And of a graph with float16 inside: how far each output is from float32, by name, as JSON; of bytes in grey
-# levels, of others relative to 1 + |value|.
+# levels, of others relative to the largest.
 HALF_ERRORS = "float16_errors"
 # A model has one of these latents, both, or none; their streams of noise, of the prior and of the posterior.
 LATENT_STREAMS: Mapping[str, tuple[Stream, Stream]] = {

@@ -65,7 +65,7 @@ class Model(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """The dtype that the network computes in."""
+        """The dtype of latents and densities."""
 
     @property
     def warp_spec(self) -> WarpSpec | None: ...

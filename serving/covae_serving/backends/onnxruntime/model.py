@@ -85,12 +85,16 @@ TENSORRT_NAMES = {
 PROBE_ID = "covae-probe"
 # Beyond this no latent is of any prior, and a network's float32 overflows.
 LARGEST = 1e6
+# The same of a graph with float16 inside, which export has tried so far; but for a softness, which no layer sees.
+HALF_LARGEST, SOFTNESS = 100.0, "softness"
 # A request's parameter: names of outputs that it wants as 16-bit floats, with commas; `covae_core.contract.HALVED`.
 HALVED = "halved"
 # Another: the digest of the model that it is meant for; `covae_core.contract.MODEL_DIGEST`. And a parameter of the
 # the config: the SHA-256 of the graph, and those of its files of weights; `covae_core.contract`.
 MODEL_DIGEST = "model_digest"
 GRAPH_DIGEST, WEIGHTS_DIGESTS = "graph_sha256", "weights_sha256"
+# And one that a config has where float16 is inside its graph.
+HALF_ERRORS = "float16_errors"
 MODEL_FILE = "model.onnx"
 # From 0.1 ms to 52 s, each twice the one before.
 SECONDS = [1e-4 * 2**k for k in range(20)]
@@ -190,6 +194,7 @@ class TritonPythonModel:
             self.outputs = tuple(Tensor.from_config(entry) for entry in config["output"])
             self.batched = config.get("max_batch_size", 0) > 0
             self.run_options = run_options(config)
+            self.largest = {item.name: largest(config, item.name) for item in self.inputs}
             self.model_digest = json.loads(parameter(config, MODEL_DIGEST, '""'))
             check_files(path.parent, digests(config))
             self.session = load_session(path, session_options(config), providers(config, args))
@@ -238,7 +243,7 @@ class TritonPythonModel:
         for tensor in self.inputs:
             found = pb_utils.get_input_tensor_by_name(request, tensor.name)
             if found is not None:
-                inputs[tensor.name] = check_input(tensor, found.as_numpy(), self.batched)
+                inputs[tensor.name] = check_input(tensor, found.as_numpy(), self.batched, self.largest[tensor.name])
             elif not tensor.optional:
                 raise RequestError(f"{tensor.name}: the input is missing; the model needs it")
         rows = {name: array.shape[0] for name, array in inputs.items()} if self.batched else {}
@@ -409,7 +414,12 @@ def concatenate(jobs: Sequence[Job]) -> Arrays:
     return {name: np.concatenate([job.inputs[name] for job in jobs]) for name in jobs[0].inputs}
 
 
-def check_input(tensor: Tensor, array: Array, batched: bool) -> Array:
+def largest(config: Mapping[str, Any], name: str) -> float:
+    """The largest number that an input may have."""
+    return HALF_LARGEST if HALF_ERRORS in config.get("parameters", {}) and name != SOFTNESS else LARGEST
+
+
+def check_input(tensor: Tensor, array: Array, batched: bool, most: float) -> Array:
     """Return an input, truth values as 0 and 1, or raise RequestError: it names the tensor and what is wrong."""
     expected = list(("rows", *tensor.dims) if batched else tensor.dims)
     if array.dtype != tensor.numpy_dtype:
@@ -420,10 +430,12 @@ def check_input(tensor: Tensor, array: Array, batched: bool) -> Array:
         # Other languages write true as 255; ONNX Runtime takes such a byte for neither.
         truth: Array = array.view(np.uint8) != 0
         return truth
-    if array.dtype.kind == "f" and np.isfinite(array).all() and (np.abs(array) > LARGEST).any():
-        place = [int(i) for i in np.argwhere(np.abs(array) > LARGEST)[0]]
+    if array.dtype.kind == "f" and np.isfinite(array).all() and (np.abs(array) > most).any():
+        place = [int(i) for i in np.argwhere(np.abs(array) > most)[0]]
         where = f"row {place[0]}, position {place[1:]}" if batched else f"position {place}"
-        raise RequestError(f"{tensor.name}: {array[tuple(place)]} at {where}; expected numbers up to {LARGEST:g}")
+        raise RequestError(
+            f"{tensor.name}: {array[tuple(place)]} at {where}; expected numbers up to {most:g}, as far as it was tried"
+        )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         place = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
         where = f"row {place[0]}, position {place[1:]}" if batched else f"position {place}"
@@ -507,7 +519,7 @@ def load_session(path: Path, options: Any, wanted: list[tuple[str, dict[str, str
     if missing:
         raise LoadError(
             f"the instance group needs {missing}, this onnxruntime has {available}; "
-            "install onnxruntime-gpu (the extra covae[gpu]), or set the instance group's kind to KIND_CPU"
+            "install onnxruntime-gpu in place of onnxruntime, or set the instance group's kind to KIND_CPU"
         )
     if wanted[0][0] in NVIDIA_PROVIDERS:
         # CUDA and cuDNN may have come as Python packages, where the dynamic loader does not look.
