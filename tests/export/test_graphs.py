@@ -87,7 +87,7 @@ def check_graph(path, spec, operation):
 
 
 def check_answers(path, model, spec, operation):
-    """torch's answers for batches of 1 to 17, and of a row the same bytes in all of them, in any order, by any threads."""
+    """torch's answers for batches of 1 to 17; of a row the same bytes in all of them, in any order, by any threads."""
     running = session(path)
     whole = feed(spec, operation, 17, seed=5)
     found = running.run(None, whole)

@@ -83,7 +83,12 @@ class Peer:
 
     def __init__(self, framework: Framework, port: int, image_shape: tuple[int, int, int], group: int) -> None:
         self._framework, self._port, self._shape, self._group = framework, port, image_shape, group
-        self._own = threading.local()
+        self._own, self._connections = threading.local(), list[http.client.HTTPConnection]()
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        for connection in self._connections:
+            connection.close()
 
     def pause(self) -> None:
         """Stop the server's processes: LitServe's take time while nobody asks anything."""
@@ -106,6 +111,7 @@ class Peer:
         connection = getattr(self._own, "connection", None)
         if connection is None:
             connection = self._own.connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+            self._connections.append(connection)
         question = json.dumps(self._framework.question(int(seed)))
         connection.request("POST", self._framework.path, question, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -139,11 +145,12 @@ def peer_of(framework: Framework, threads: int, image_shape: tuple[int, int, int
                 stderr=errors,
                 start_new_session=True,
             )
+        peer = Peer(framework, port, image_shape, run.pid)
         try:
-            peer = Peer(framework, port, image_shape, run.pid)
             _wait_for(peer, framework.name, run, said)
             yield peer
         finally:
+            peer.close()
             _end(run)
 
 
