@@ -81,7 +81,10 @@ def export(
         )
     _print(console, exported)
     if precision == "float16" and instance_kind == "cpu":
-        console.print("note: a CPU has no float16 arithmetic and takes longer with it; --instance-kind gpu is for GPUs")
+        console.print(
+            "note: a CPU has no float16 arithmetic and takes longer with it; --instance-kind gpu is for GPUs",
+            soft_wrap=True,
+        )
 
 
 def _print(console: Console, exported: Exported) -> None:
