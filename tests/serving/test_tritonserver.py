@@ -1,0 +1,45 @@
+"""Triton without a supervisor, as NVIDIA's tools start it, serves a repository with Covae's backend."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tritonclient.grpc import InferenceServerClient, InferInput
+
+from covae_serving.ports import LOOPBACK, free_port
+
+
+@pytest.mark.slow
+def test_it_serves_a_repository_and_leaves_nothing_behind(toy_repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    port = free_port(LOOPBACK)
+    words = [f"--model-repository={toy_repository}", f"--grpc-port={port}", "--allow-http=0", "--allow-metrics=0"]
+    server = subprocess.Popen([sys.executable, "-m", "covae_serving.tritonserver", *words], stderr=subprocess.DEVNULL)
+    try:
+        with InferenceServerClient(f"{LOOPBACK}:{port}") as client:
+            until = time.monotonic() + 60
+            while time.monotonic() < until and not ready(client):
+                time.sleep(0.2)
+            (name,) = [
+                item.name for item in client.get_model_repository_index().models if item.name.endswith("_sample")
+            ]
+            inputs = []
+            for tensor in client.get_model_config(name).config.input:
+                inputs.append(InferInput(tensor.name, [2, *tensor.dims], "INT64"))
+                inputs[-1].set_data_from_numpy(np.zeros((2, *tensor.dims), np.int64))
+            assert client.infer(name, inputs).as_numpy("image").dtype == np.uint8
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=30) == 0
+    assert list(Path(tmp_path).glob("covae-*")) == []
+
+
+def ready(client):
+    try:
+        return client.is_server_ready()
+    except Exception:  # it does not listen yet
+        return False
