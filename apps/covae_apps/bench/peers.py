@@ -319,12 +319,16 @@ def roofline(repository: Path, session: onnxruntime.InferenceSession, threads: i
 def described_limit(limit: Mapping[str, float]) -> str:
     """In words."""
     operations, graph, product = (limit[name] / 1e9 for name in ("operations", "graph_per_s", "product_per_s"))
+    bound = (
+        f"At the product's rate an image takes {1e3 * operations / product:.1f} ms, and that is as fast as ONNX "
+        "Runtime can be here with 32-bit floats."
+        if graph < product
+        else "So its convolutions are no slower than its fastest kernel elsewhere, and nothing is left to gain in it."
+    )
     return (
         f"The limit: an image is {operations:.2f} GFLOP of convolutions. ONNX Runtime in process, all else of the "
         f"graph included, makes {graph:,.0f} GFLOP/s of them in batches of {BATCHES[1]}, {graph / product:.2f} of what "
-        f"its product of two {SIDE:,}×{SIDE:,} matrices reaches on the same threads ({product:,.0f}). At the product's "
-        f"rate an image takes {1e3 * operations / product:.1f} ms, and that is as fast as ONNX Runtime can be here "
-        "with 32-bit floats."
+        f"its product of two {SIDE:,}×{SIDE:,} matrices reaches on the same threads ({product:,.0f}). {bound}"
     )
 
 
