@@ -41,11 +41,11 @@ def fill_packets(model: ir.Model) -> None:
     """
     for node, known in _known(model, tuple(LOWERED)):
         _lower(node, known)
-    for node, known in _known(model, SPLIT_OPERATORS):
-        if node.graph is model.graph:
+    for node, known in _known(model, (*SPLIT_OPERATORS, "ReduceSum")):
+        if node.op_type == "ReduceSum":
+            _fill_sum(node, known)
+        elif node.graph is model.graph:
             _fill(model.graph, node, known)
-    for node, known in _known(model, ("ReduceSum",)):
-        _fill_sum(node, known)
     RemoveUnusedNodesPass()(model)  # the axes of sums that have others now
 
 

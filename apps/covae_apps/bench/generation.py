@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from covae_apps.bench.sessions import session_of
 from covae_apps.bench.stopwatch import (
@@ -157,7 +157,7 @@ def measure(repository: Path, name: str, images: int, batch: int, repeats: int) 
         batch / float(np.median(seconds_of["in process"])),
         ratio(seconds_of["in process"], seconds_of["grpc"]),
         {str(n): 1e3 * float(np.median(seconds_of[f"draw {n}"])) for n in DRAWS if f"draw {n}" in seconds_of},
-        **made_for(repository, name, "sample"),
+        **made_for(read_repository(repository, [name], ["sample"])[0].config),
     )
 
 
@@ -173,13 +173,11 @@ def session_like(repository: Path, name: str, operation: str = "sample") -> onnx
     """The graph of an operation in this process, with the threads that its configuration gives it, and no spinning."""
     (model,) = read_repository(repository, [name], [operation])
     threads = int(model.config.parameters["intra_op_thread_count"].string_value)
-    return session_of(model.graph, threads, made_for(repository, name, operation)["device"] == "gpu")
+    return session_of(model.graph, threads, made_for(model.config)["device"] == "gpu")
 
 
-def made_for(repository: Path, name: str, operation: str) -> dict[str, str]:
+def made_for(config: ModelConfig) -> dict[str, str]:
     """What an operation's graph is for: the device, cpu or gpu, and the precision of its feature maps."""
-    (model,) = read_repository(repository, [name], [operation])
-    config = model.config
     gpu = any(group.kind == ModelInstanceGroup.KIND_GPU for group in config.instance_group)
     half = HALF_ERRORS in config.parameters
     return {"device": "gpu" if gpu else "cpu", "precision": "float16" if half else "float32"}

@@ -41,6 +41,7 @@ from covae_client.aio import AsyncModel
 from covae_client.model import Model
 from covae_core.contract import served_name
 from covae_core.errors import InvalidArgument
+from covae_serving.repository import read_repository
 from covae_serving.service import Service
 
 NAME = "latency"
@@ -129,7 +130,7 @@ def run_latency(
     record = {
         "machine": {**facts, "load_after": os.getloadavg()[0]},
         "settings": {"model": name, "operation": operation, "requests": requests, "runs": RUNS}
-        | made_for(repository, name, operation),
+        | made_for(read_repository(repository, [name], [operation])[0].config),
         "single_stream_ms": {
             key: asdict(Quoted.of([1e3 * float(np.quantile(run, share)) for run in streams]))
             for key, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))

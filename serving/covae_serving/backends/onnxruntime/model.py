@@ -433,9 +433,7 @@ def check_input(tensor: Tensor, array: Array, batched: bool, most: float) -> Arr
     if array.dtype.kind == "f" and np.isfinite(array).all() and (np.abs(array) > most).any():
         place = [int(i) for i in np.argwhere(np.abs(array) > most)[0]]
         where = f"row {place[0]}, position {place[1:]}" if batched else f"position {place}"
-        raise RequestError(
-            f"{tensor.name}: {array[tuple(place)]} at {where}; expected numbers up to {most:g}, as far as it was tried"
-        )
+        raise RequestError(f"{tensor.name}: {array[tuple(place)]} at {where}; expected numbers up to {most:g}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         place = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
         where = f"row {place[0]}, position {place[1:]}" if batched else f"position {place}"
