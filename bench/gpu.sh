@@ -28,8 +28,8 @@ for precision in float32 float16; do
         --precision "$precision" > "$folder/$precision/export.txt"
     cat "$folder/$precision/export.txt"
     # A trained model with two instances; the rest has one.
-    covae bench generation digits --repository "$work/$precision" --images "$images" --repeats 5 --folder "$work"
-    cp "$work/generation.json" "$folder/$precision/two-instances.json"
+    covae bench generation digits --repository "$work/$precision" --images "$images" --repeats 5 \
+        --folder "$folder/$precision-two-instances"
     # shellcheck disable=SC2086 - names of families
     covae bench generation $families --untrained "$size" --images "$images" --repeats 5 \
         --device "$device" --precision "$precision" --folder "$folder/$precision"

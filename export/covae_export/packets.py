@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 # Operators with two routines; arithmetic and Sqrt round correctly in either.
 SPLIT_OPERATORS = ("Cos", "Exp", "Sigmoid", "Sin", "Tanh")
@@ -41,12 +41,14 @@ def fill_packets(model: ir.Model) -> None:
     """
     for node, known in _known(model, tuple(LOWERED)):
         _lower(node, known)
+    NameFixPass()(model)
     for node, known in _known(model, (*SPLIT_OPERATORS, "ReduceSum")):
         if node.op_type == "ReduceSum":
             _fill_sum(node, known)
         elif node.graph is model.graph:
             _fill(model.graph, node, known)
     RemoveUnusedNodesPass()(model)  # the axes of sums that have others now
+    NameFixPass()(model)  # what is put into a loop is named as if there were nothing outside of it
 
 
 def _known(model: ir.Model, operators: tuple[str, ...]) -> list[tuple[ir.Node, ir.Value]]:

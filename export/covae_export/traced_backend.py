@@ -57,12 +57,12 @@ class TracedBackend(TorchBackend):
         return found.reshape(*images.shape[:-4], len(offsets), -1)
 
     def filtered(self, filters: Tensor, images: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
-        return _total(filters * self.shifted(images[:, :, None], offsets))
+        return (filters * self.shifted(images[:, :, None], offsets)).sum(-2)
 
     def scattered(self, filters: Tensor, images: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
         products = filters * images.flatten(-3)[:, :, None]
         back = [(-below, -right) for below, right in offsets]
-        return _total(self.shifted(products.reshape(*products.shape[:3], *images.shape[-3:]), back))
+        return self.shifted(products.reshape(*products.shape[:3], *images.shape[-3:]), back).sum(-2)
 
     def arranged(self, coefficients: Tensor, fronts: Wavefronts) -> Tensor:
         return _by_front(coefficients, fronts).transpose(-1, -2)  # shape: (F, B, J, K)
@@ -92,11 +92,6 @@ class TracedBackend(TorchBackend):
     def implicit(self, value: Tensor, residual: Any, adjoint: Any) -> Tensor:
         return value
 
-    def dots(self, first: Tensor, second: Tensor) -> Tensor:
-        """Each row twice: ONNX Runtime sums up the only row of a batch in another order than a row of several."""
-        products = first * second
-        return torch.cat([products, products]).sum(-1, keepdim=True)[: first.shape[0]]
-
     def iterate(self, step: Callable[..., Any], state: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
         def going(count: Tensor, busy: Tensor, *rest: Tensor) -> Tensor:
             return (count < limit) & busy.any()
@@ -120,14 +115,6 @@ class TracedBackend(TorchBackend):
 
     def factorise(self, matrices: Tensor, limit: float) -> Factorisation | None:
         return Elimination(matrices)
-
-
-def _total(products: Tensor) -> Tensor:
-    """Σ over the axis before the last. shape: (…, K, n) → (…, n)
-
-    Along the last axis: along another, ONNX Runtime adds up in another order where a batch has one row.
-    """
-    return products.transpose(-1, -2).sum(-1)
 
 
 def _shifted_places(shape: tuple[int, ...], offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

@@ -19,6 +19,16 @@ from covae_serving.installation import find_installation
 
 def main() -> int:
     """Run it until it ends, or until a signal asks it to; its exit code."""
+    asked: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if child is not None:
+            child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
     try:
         installation = find_installation()
     except CovaeError as error:
@@ -30,12 +40,8 @@ def main() -> int:
         child = subprocess.Popen(
             [installation.binary, *sys.argv[1:], *settings], env=installation.environment(Path(place))
         )
-
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            child.send_signal(number)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, pass_on)
+        for early in asked[:]:  # before there was whom to tell
+            child.send_signal(early)
         return child.wait()
 
 

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from covae_client import Client
-from covae_core.images import load_edit
+from covae_client.scored_files import FITTED
+from covae_core.images import fit_image, load_edit
 
 
 def command(*arguments):
@@ -110,6 +111,8 @@ def test_score_reports_refused_files_and_scores_the_others(covae, model, tmp_pat
     images = np.random.default_rng(0).integers(0, 256, size=(3, 6, 5, 3), dtype=np.uint8)
     for name, image in zip(("a.png", "c.png", "d.png"), images, strict=True):
         Image.fromarray(image).save(folder / name)
+    large = np.kron(images[1], np.ones((2, 2, 1), np.uint8))
+    Image.fromarray(large).save(folder / "c.png")
     (folder / "b.png").write_text("no image")
     result = covae(
         "score", "toy", folder, "gone.png", "--num-samples", 20, "--csv", "s.csv", "--json", "s.json", COLUMNS="240"
@@ -119,11 +122,13 @@ def test_score_reports_refused_files_and_scores_the_others(covae, model, tmp_pat
     assert "b.png: this is no PNG, JPEG or WebP" in result.stderr
     assert "error: gone.png: cannot be read" in result.stderr
     assert "pictures [red]/a.png" in result.stdout
+    assert f"1 file of 3 {FITTED}" in result.stdout
 
     rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
     assert [os.path.basename(row["file"]) for row in rows] == ["a.png", "b.png", "c.png", "d.png", "gone.png"]
     assert [bool(row["error"]) for row in rows] == [False, True, False, False, True]
-    expected = model.score(images, num_samples=20)
+    assert [row["fitted"] for row in rows] == ["False", "False", "True", "False", "False"]
+    expected = model.score([images[0], fit_image(Image.fromarray(large), (6, 5, 3)), images[2]], num_samples=20)
     found = [float(row["log_likelihood_bound"]) for row in rows if not row["error"]]
     np.testing.assert_array_equal(found, expected.log_likelihood_bound)
     document = json.loads((tmp_path / "s.json").read_text())

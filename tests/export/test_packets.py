@@ -139,7 +139,8 @@ def test_sums_of_whole_packets_are_left_alone():
 
 
 def test_a_sum_in_a_loops_body_is_the_same_in_every_batch():
-    """A Scan over three steps, whose state gets a row's sum of nine numbers."""
+    """A Scan over three steps, whose state gets a row's sum of nine numbers, in a graph that has a name of what is put
+    into the body."""
     axes, value = helper.make_tensor("axes", TensorProto.INT64, [1], [1]), helper.make_tensor_value_info
     body = helper.make_graph(
         [
@@ -152,9 +153,9 @@ def test_a_sum_in_a_loops_body_is_the_same_in_every_batch():
         [value("next", TensorProto.FLOAT, ["batch", 1]), value("seen", TensorProto.FLOAT, ["batch", 1])],
         [axes],
     )
-    scan = helper.make_node("Scan", ["start", "x"], ["last", "y"], body=body, num_scan_inputs=1)
+    scan = helper.make_node("Scan", ["val_0", "x"], ["last", "y"], body=body, num_scan_inputs=1)
     graph = helper.make_graph(
-        [helper.make_node("Cast", ["zeros"], ["start"], to=TensorProto.FLOAT), scan],
+        [helper.make_node("Cast", ["zeros"], ["val_0"], to=TensorProto.FLOAT), scan],
         "graph",
         [value("x", TensorProto.FLOAT, [3, "batch", 9]), value("zeros", TensorProto.FLOAT, ["batch", 1])],
         [value("y", TensorProto.FLOAT, [3, "batch", 1])],

@@ -1,9 +1,11 @@
 """Triton without a supervisor, as NVIDIA's tools start it, serves a repository with Covae's backend."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,25 @@ def test_it_serves_a_repository_and_leaves_nothing_behind(toy_repository, tmp_pa
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) == 0
     assert list(Path(tmp_path).glob("covae-*")) == []
+
+
+@pytest.mark.slow
+def test_a_signal_before_there_is_a_triton_ends_it_too(toy_repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    words = [f"--model-repository={toy_repository}", "--allow-grpc=0", "--allow-http=0", "--allow-metrics=0"]
+    command = [sys.executable, "-m", "covae_serving.tritonserver", *words]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while server.poll() is None and not list(Path(tmp_path).glob("covae-*")):
+            pass
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=30)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(server.pid, 0)
+        assert list(Path(tmp_path).glob("covae-*")) == []
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def ready(client):

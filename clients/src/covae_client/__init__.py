@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from covae_client.transport import Tls
     from covae_core.images import to_pil
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "AsyncClient",

@@ -37,6 +37,7 @@ NO_BYTES = (
     "no p-values, and no bits: a Bernoulli's score of grey pixels is a cross-entropy, which compares with other "
     "Bernoullis alone"
 )
+FITTED = "scaled and cut to the model's size, which changes a score: compare like with like"
 # More files than this are summed up on the terminal.
 SCREENFUL = 40
 # What of a mask's file is true.
@@ -49,7 +50,7 @@ class FileScore:
 
     file: its name, what cannot be shown in it escaped. direction: `too likely` or `too unlikely`, whichever the image
     is nearer to. spot: see `covae_client.Surprised`, inside the mask if there is one; None unless maps or masks were
-    asked for.
+    asked for. fitted: the file's picture was of another size, and what was scored is what was made of it.
     """
 
     file: str
@@ -62,6 +63,7 @@ class FileScore:
     direction: str = ""
     part: str = ""
     spot: float | None = None
+    fitted: bool = False
     error: str = ""
 
 
@@ -102,12 +104,12 @@ def score(
     with progress_bar("score", len(files)) as report:
         for offset, count in blocks(len(files), SCORED_BLOCK):
             block = files[offset : offset + count]
-            rows, images = _read(block, model.spec.image_shape)
+            rows, images, fitted = _read(block, model.spec.image_shape)
             if images:
                 stack = np.stack(list(images.values()))
                 found = model.score(stack, num_samples=num_samples, seed=seed, progress=shifted(report, offset))
                 for row, place in enumerate(images):
-                    rows[place] = _row(block[place], found, row)
+                    rows[place] = _row(block[place], found, row, place in fitted)
                 if maps is not None or masks is not None:
                     _look(model, block, images, rows, maps, masks, names)
             yield from (rows[place] for place in range(count))
@@ -115,25 +117,29 @@ def score(
 
 def _read(
     files: Sequence[Path], image_shape: tuple[int, int, int]
-) -> tuple[dict[int, FileScore], dict[int, NDArray[np.uint8]]]:
-    """The rows of files that are refused, and the images of the others, by their places."""
+) -> tuple[dict[int, FileScore], dict[int, NDArray[np.uint8]], set[int]]:
+    """The rows of files that are refused, the images of the others, and those of another size, by their places."""
     rows: dict[int, FileScore] = {}
     images: dict[int, NDArray[np.uint8]] = {}
+    fitted = set()
     for place, file in enumerate(files):
         try:
-            images[place] = fit_image(open_image(file), image_shape)
+            picture = open_image(file)
+            images[place] = fit_image(picture, image_shape)
+            if (picture.height, picture.width) != image_shape[:2]:
+                fitted.add(place)
         except ImageFileError as error:
             rows[place] = FileScore(printable(file), error=printable(str(error)))
-    return rows, images
+    return rows, images, fitted
 
 
-def _row(file: Path, scores: Scores, row: int) -> FileScore:
+def _row(file: Path, scores: Scores, row: int, fitted: bool) -> FileScore:
     values: dict[str, Any] = {name: float(getattr(scores, name)[row]) for name in NUMBERS}
     if not np.isnan(scores.p_value[row]):
         values["p_value"] = float(scores.p_value[row])
         values["direction"] = "too likely" if scores.too_likely[row] else "too unlikely"
         values["part"] = str(scores.part[row])
-    return FileScore(printable(file), **values)
+    return FileScore(printable(file), fitted=fitted, **values)
 
 
 def _look(
@@ -229,6 +235,9 @@ def print_scores(rows: Sequence[FileScore], *, top: int | None = None, rate: flo
         _print_odd(scored, rate, console, listed=len(scored) > SCREENFUL or top is not None)
     if scored[0].p_value is None:
         console.print(NO_CALIBRATION if isfinite(scored[0].bits_per_dim or 0.0) else NO_BYTES, soft_wrap=True)
+    fitted = sum(row.fitted for row in scored)
+    if fitted:
+        console.print(f"{counted(fitted, 'file')} of {len(scored):,} {FITTED}", soft_wrap=True)
 
 
 def _print_table(rows: Sequence[FileScore], console: Console) -> None:
