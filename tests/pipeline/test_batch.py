@@ -22,8 +22,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from covae_client import batch
+from covae_client.batch import engine
 from covae_client.batch.engine import Cancelled, JobError
 from covae_client.batch.inputs import Inputs
+from covae_client.batch.shards import to_bytes
 from covae_client.batch.store import Store, StoreError
 from covae_client.batch.work import check_model, make
 from covae_client.errors import InvalidArgument, NotFound
@@ -401,6 +403,36 @@ def test_another_export_of_the_model_ends_a_job_and_rejects_no_picture(model, cl
     other = replace(job.specification, model_digest="0" * 64)
     with pytest.raises(JobError, match="the server now has another export of it"):
         check_model(other, model.spec)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_images_are_asked_for_while_those_of_another_shard_are_written(threads, model, server, tmp_path, monkeypatch):
+    asking, most, overlapped = 0, [], []
+    change, next_begun = threading.Lock(), threading.Event()
+
+    def make_counted(*arguments):
+        nonlocal asking
+        with change:
+            asking += 1
+            most.append(asking)
+        next_begun.set()
+        try:
+            return make(*arguments)
+        finally:
+            with change:
+                asking -= 1
+
+    def write_once_the_next_is_asked_for(job, shard, rows):
+        next_begun.clear()
+        overlapped.append(next_begun.wait(timeout=2 if threads > 1 else 0.1))
+        return to_bytes(job, shard, rows)
+
+    monkeypatch.setattr(engine, "make", make_counted)
+    monkeypatch.setattr(engine, "to_bytes", write_once_the_next_is_asked_for)
+    job = batch.generate(model.name, count=60, shard_size=10, out=tmp_path / "some", server=server)
+    assert job.run(threads=threads).done
+    assert max(most) <= max(1, threads - 1)
+    assert any(overlapped) == (threads > 1)
 
 
 def test_another_training_run_is_refused_and_nothing_is_written(model, server, tmp_path):

@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import BoundedSemaphore
 from threading import Event as Flag
 from typing import Any
 
@@ -28,7 +29,7 @@ from covae_core.contract import Priority
 CANCELLED = "CANCELLED"
 # Seconds of one request, so that a server that is started again is waited for.
 REQUEST_S = 300.0
-# A shard is made while another is written as PNG and put into place.
+# Images of a shard are asked for while those of another are written as PNG and put into place.
 THREADS = 2
 # Seconds between two looks for an interrupt.
 POLL_S = 0.2
@@ -159,15 +160,23 @@ class Job:
 
         return tell
 
-    def make_shard(self, model: Model, inputs: Inputs | None, shard: int, check: Callable[[], None]) -> Event:
-        """Make one shard and put it into place.
+    def make_shard(
+        self,
+        model: Model,
+        inputs: Inputs | None,
+        shard: int,
+        check: Callable[[], None],
+        turn: AbstractContextManager[object] | None = None,
+    ) -> Event:
+        """Make one shard and put it into place. turn: held while images are generated.
 
         Raises:
             as `run`.
         """
         job, begun = self.specification, time.perf_counter()
         try:
-            rows = make(job, model, inputs, shard, check)
+            with (turn if job.operation == "generate" else None) or nullcontext():
+                rows = make(job, model, inputs, shard, check)
             content = to_bytes(job, shard, rows)
             same_model(job, model, self.server)  # it may have been changed meanwhile
         except MemoryError as error:
@@ -232,6 +241,8 @@ class Job:
         stop: Flag,
     ) -> None:
         ended = Flag()
+        # Were all of them to ask for images at once, all would write PNGs at once, and nobody ask meanwhile.
+        turn = BoundedSemaphore(max(1, threads - 1))
 
         def check() -> None:
             if stop.is_set() or ended.is_set():
@@ -243,7 +254,7 @@ class Job:
                 check()
                 if self.store.exists(self.specification.name(shard)):
                     return None
-                return self.make_shard(model, inputs, shard, check)
+                return self.make_shard(model, inputs, shard, check, turn)
             except _DroppedError:
                 return None
             except BaseException:
