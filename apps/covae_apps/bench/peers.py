@@ -92,7 +92,12 @@ def run_peers(
     rows.append(halved(image_shape, threads, repeats))
     record = {
         "machine": facts,
-        "settings": {"image_shape": image_shape, "repeats": repeats, "threads": threads},
+        "settings": {
+            "image_shape": image_shape,
+            "repeats": repeats,
+            "threads": threads,
+            "client_runs": CONCURRENT_RUNS,
+        },
         "rows": [{**asdict(row), "holds": row.holds} for row in rows],
         "omitted": omitted,
         "roofline": limit,
@@ -343,7 +348,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
             ratio_table(("", "ours, ms", "theirs, ms"), record["rows"]),
             *(f"{name} is left out: {why}." for name, why in record["omitted"].items()),
             *([described_limit(record["roofline"])] if "roofline" in record else []),
-            f"{described(record['machine'])}; n = {settings['repeats']}, {CONCURRENT_RUNS} of the clients' runs, "
+            f"{described(record['machine'])}; n = {settings['repeats']}, {settings['client_runs']} of the clients' runs, "
             f"{SMALL_REPEATS * settings['repeats']} of the 8×8 model's.",
         ]
     )
