@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from covae_train.threads import use_threads
+
+
+def clean_up_when_terminated() -> None:
+    """Have SIGTERM end the command as Ctrl-C does, with its servers and temporary folders."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def demo(
@@ -19,6 +25,7 @@ def demo(
     page: Annotated[Path, typer.Option(help="the page of pictures to write")] = Path("demo/index.html"),
 ) -> None:
     """Train, export, serve, sample, edit and score on one data set; leaves a page of pictures."""
+    clean_up_when_terminated()
     use_threads(1)
     from rich.console import Console
 
@@ -37,6 +44,7 @@ bench = typer.Typer(
 @bench.callback()
 def _bench() -> None:
     """Time Covae beside what else there is; ratios in one run."""
+    clean_up_when_terminated()
 
 
 @bench.command("densities")

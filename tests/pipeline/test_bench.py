@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +49,41 @@ def test_generation_measures_every_model_and_says_where_the_time_goes(repository
     assert {"processor", "cores", "load", "commit", "onnxruntime"} <= set(record["machine"])
     with Image.open(tmp_path / "generation.png") as picture:
         assert picture.width > 800
+
+
+@pytest.mark.slow
+def test_a_terminated_benchmark_leaves_no_server_and_no_folder(tmp_path):
+    words = [
+        "generation",
+        "vae",
+        "--untrained",
+        "8x8x1",
+        "--images",
+        "100000000",
+        "--folder",
+        str(tmp_path / "records"),
+    ]
+    place = tmp_path / "temporary"
+    place.mkdir()
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "covae_client.cli", "bench", *words],
+        env={**os.environ, "TMPDIR": str(place)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not list(place.glob("covae-*/models")):  # a server's
+            time.sleep(0.1)
+        time.sleep(1)
+        bench.send_signal(signal.SIGTERM)
+        assert bench.wait(timeout=60) == 130
+        with pytest.raises(ProcessLookupError):
+            os.killpg(bench.pid, 0)
+        assert list(place.glob("covae-*")) == []
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(bench.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

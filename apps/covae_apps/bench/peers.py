@@ -348,7 +348,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
             ratio_table(("", "ours, ms", "theirs, ms"), record["rows"]),
             *(f"{name} is left out: {why}." for name, why in record["omitted"].items()),
             *([described_limit(record["roofline"])] if "roofline" in record else []),
-            f"{described(record['machine'])}; n = {settings['repeats']}, {settings['client_runs']} of the clients' runs, "
-            f"{SMALL_REPEATS * settings['repeats']} of the 8×8 model's.",
+            f"{described(record['machine'])}; n = {settings['repeats']}, {settings['client_runs']} of the clients' "
+            f"runs, {SMALL_REPEATS * settings['repeats']} of the 8×8 model's.",
         ]
     )
