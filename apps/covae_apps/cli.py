@@ -12,8 +12,10 @@ from covae_train.threads import use_threads
 
 
 def clean_up_when_terminated() -> None:
-    """Have SIGTERM end the command as Ctrl-C does, with its servers and temporary folders."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Have SIGTERM and SIGHUP end the command as Ctrl-C does, with its servers and temporary folders."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # under `nohup`
+            signal.signal(number, signal.default_int_handler)
 
 
 def demo(

@@ -235,6 +235,7 @@ def _begin_fork(stage: Stage, parent: int) -> None:
     """Take over the work, and die with the process that it is for."""
     global _forked
     _forked = stage
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a pool that is broken ends its processes so
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it was asked for
         os._exit(1)

@@ -52,12 +52,14 @@ def fill_packets(model: ir.Model) -> None:
 
 
 def _known(model: ir.Model, operators: tuple[str, ...]) -> list[tuple[ir.Node, ir.Value]]:
-    """The nodes of these operators, in loops too, each with its first input as shape inference has it."""
+    """The nodes of these operators, in loops too, each with its first input as shape inference has it.
+
+    Values in loops may share names with others, so nodes are paired by their places.
+    """
     inferred = ShapeInferencePass()(model.clone()).model
-    everywhere = ir.traversal.RecursiveGraphIterator(inferred.graph)
-    values = {value.name: value for node in everywhere for value in node.inputs if value is not None}
-    found = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type in operators]
-    return [(node, values[node.inputs[0].name]) for node in found if node.inputs[0] is not None]
+    both = zip(*(ir.traversal.RecursiveGraphIterator(item.graph) for item in (model, inferred)), strict=True)
+    found = [(node, twin.inputs[0]) for node, twin in both if node.op_type in operators]
+    return [(node, known) for node, known in found if known is not None]
 
 
 def _lower(node: ir.Node, known: ir.Value) -> None:

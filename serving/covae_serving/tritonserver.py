@@ -18,17 +18,19 @@ from covae_serving.installation import find_installation
 
 
 def main() -> int:
-    """Run it until it ends, or until a signal asks it to; its exit code."""
+    """Run it until it ends, or until a signal asks it to; its exit code, as a shell has it."""
     asked: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        if child is not None:
+        if child is None:
+            asked.append(number)
+        else:
             child.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # under `nohup`
+            signal.signal(number, pass_on)
     try:
         installation = find_installation()
     except CovaeError as error:
@@ -40,9 +42,10 @@ def main() -> int:
         child = subprocess.Popen(
             [installation.binary, *sys.argv[1:], *settings], env=installation.environment(Path(place))
         )
-        for early in asked[:]:  # before there was whom to tell
+        for early in asked:  # before there was whom to tell
             child.send_signal(early)
-        return child.wait()
+        code = child.wait()
+        return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

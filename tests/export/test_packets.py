@@ -96,7 +96,16 @@ def test_float16_is_as_near_as_it_can_be(operator):
     np.testing.assert_allclose(runner(proto)(x).astype(np.float64), exact, rtol=1e-3, atol=1e-6)
 
 
-SUMS = [((9,), [1]), ((3, 3), [1, 2]), ((72, 3), [-1]), ((25, 64), [1]), ((5, 7, 3), [1, 3]), ((25, 65), [1, 2])]
+SUMS = [
+    ((9,), [1]),
+    ((12,), [1]),
+    ((12288,), [1]),
+    ((3, 3), [1, 2]),
+    ((72, 3), [-1]),
+    ((25, 64), [1]),
+    ((5, 7, 3), [1, 3]),
+    ((25, 65), [1, 2]),
+]
 
 
 def total(dtype, row, axes, keep):

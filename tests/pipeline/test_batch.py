@@ -237,6 +237,15 @@ def test_broken_pictures_are_listed_and_stop_nothing(made, pictures, model, serv
     assert job.verify(regenerate=3) == []
 
 
+def test_a_picture_that_was_scaled_says_so(model, server, tmp_path):
+    image = model.sample(1, seed=3)[0]
+    for name, pixels in (("a", image), ("b", np.kron(image, np.ones((2, 2, 1), np.uint8)))):
+        (tmp_path / f"{name}.png").write_bytes(encode_png(pixels))
+    job = batch.score(model.name, inputs=[tmp_path], out=tmp_path / "job", num_samples=1, server=server)
+    assert job.run().done
+    assert [row["fitted"] for row in table(tmp_path / "job")] == [False, True]
+
+
 def test_a_store_that_is_away_ends_the_job_and_rejects_nothing(pictures, model, server, tmp_path, monkeypatch):
     """Not a picture's fault: it is read when the job goes on."""
     from covae_client.batch import inputs
@@ -527,7 +536,7 @@ def test_what_is_not_there_is_told(model, server, tmp_path):
     with pytest.raises(InvalidArgument, match=r"job\.json: found \['count'\]; expected"):
         batch.open_job(tmp_path)
     (tmp_path / "job.json").write_text("{")
-    with pytest.raises(InvalidArgument, match=r"job\.json: this is no job of version 1"):
+    with pytest.raises(InvalidArgument, match=r"job\.json: this is no job of version 2"):
         batch.open_job(tmp_path)
     with pytest.raises(NotFound):
         batch.generate("nobody", count=3, out=tmp_path / "x", server=server)

@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,27 @@ def resident() -> int:
 
 def most_of(call: Callable[..., object], *arguments: Any) -> float:
     """The most memory that a call takes in a new process, beyond what the process had before, in MB."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with _new_process() as pool:
         return pool.submit(_watched, call, *arguments).result()
 
 
 def held_after(call: Callable[..., object], *arguments: Any) -> float:
     """MB that a new process, Python included, holds after a call whose result it keeps: what was freed is given back,
     and pages that processes share are divided among them, as `of_descendants` counts."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with _new_process() as pool:
         return pool.submit(_holding, call, *arguments).result()
+
+
+@contextmanager
+def _new_process() -> Iterator[ProcessPoolExecutor]:
+    """A process to ask one thing of, which an interrupt does not wait for."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def _holding(call: Callable[..., object], *arguments: Any) -> float:

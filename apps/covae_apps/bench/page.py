@@ -16,7 +16,7 @@ OPENING = """# Performance
 Made by `covae bench page` from the records in `bench/`, which the commands below leave there. Times on shared machines
 are noisy, so compare ratios of one run; each table says its machine, load, versions and date. What the densities and
 single graphs take is in [results.md](results.md#densities). {gpu}"""
-# The folder in the records' that `bench/gpu.sh` leaves its own in, one for each precision of feature maps.
+# The folder in the records' that `bench/gpu.sh` leaves its own in, in folders of their own.
 GPU = "gpu"
 ON_GPU = {
     False: "Nothing here is yet measured on a GPU; `bench/gpu.sh` does that on a machine that has one.",

@@ -38,7 +38,10 @@ Server = Annotated[
         "--server", envvar="COVAE_SERVER", metavar="HOST:PORT", help="The server, or several, with commas between."
     ),
 ]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="Shards made at a time.")]
+Threads = Annotated[
+    int,
+    typer.Option("--threads", min=1, help="Shards at a time: one is written while images of the others are asked for."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print what happens as lines of JSON.")]
 MetricsPort = Annotated[
     int | None, typer.Option("--metrics-port", min=1, max=65535, help="Serve Prometheus metrics meanwhile.")
@@ -64,7 +67,7 @@ def generate(
     shard_size: ShardSize = 1000,
     file_format: Format = "parquet",
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 2,
+    threads: Threads = 3,
     engine: Engine = "local",
     plan_only: PlanOnly = False,
     as_json: Json = False,
@@ -102,7 +105,7 @@ def score(
     shard_size: ShardSize = 1000,
     file_format: Format = "parquet",
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 2,
+    threads: Threads = 3,
     engine: Engine = "local",
     plan_only: PlanOnly = False,
     as_json: Json = False,
@@ -143,7 +146,7 @@ def edit(
     shard_size: ShardSize = 1000,
     file_format: Format = "parquet",
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 2,
+    threads: Threads = 3,
     engine: Engine = "local",
     plan_only: PlanOnly = False,
     as_json: Json = False,
@@ -173,7 +176,7 @@ def edit(
 def resume(
     folder: Folder,
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 2,
+    threads: Threads = 3,
     engine: Engine = "local",
     as_json: Json = False,
     metrics_port: MetricsPort = None,
@@ -192,7 +195,7 @@ def worker(
     index: Annotated[int, typer.Option("--index", min=0, envvar="JOB_COMPLETION_INDEX", help="Which worker this is …")],
     of: Annotated[int, typer.Option("--of", min=1, help="… of how many.")],
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 2,
+    threads: Threads = 3,
     as_json: Json = False,
     metrics_port: MetricsPort = None,
 ) -> None:

@@ -24,7 +24,7 @@ from covae_client.model import Model
 from covae_client.scoring import MIN_EFFECTIVE_SAMPLES, Scores
 from covae_core.calibration import false_discoveries
 from covae_core.files import write_text, writing
-from covae_core.images import fit_image, open_image, search_images
+from covae_core.images import fit_image, has_other_size, open_image, search_images
 
 # Images scored before their rows count as done: enough for several requests in flight.
 SCORED_BLOCK = 32
@@ -126,7 +126,7 @@ def _read(
         try:
             picture = open_image(file)
             images[place] = fit_image(picture, image_shape)
-            if (picture.height, picture.width) != image_shape[:2]:
+            if has_other_size(picture, image_shape):
                 fitted.add(place)
         except ImageFileError as error:
             rows[place] = FileScore(printable(file), error=printable(str(error)))

@@ -263,6 +263,11 @@ def fit_image(image: Image.Image, image_shape: tuple[int, int, int]) -> NDArray[
     return np.asarray(fitted, dtype=np.uint8).reshape(image_shape)
 
 
+def has_other_size(image: Image.Image, image_shape: tuple[int, int, int]) -> bool:
+    """Whether `fit_image` scales or cuts an image."""
+    return (image.height, image.width) != image_shape[:2]
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image

@@ -43,8 +43,7 @@ def surprise(model: Model, images: Array) -> Surprise:
     residual = density.distance(pixels)
     latent = xp.zeros_like(residual)
     for name, posterior in posteriors.items():
-        # Each row twice: ONNX Runtime sums up the only row of a batch in another order than a row of several.
-        latent = latent + posterior.to(xp.float64).repeat(2).kl(model.prior(name)).reshape(-1, 2)[:, 0]
+        latent = latent + posterior.to(xp.float64).kl(model.prior(name))
     logdet = xp.zeros_like(residual) + density.logdet()
     return Surprise(xp.astype(density.whiten(pixels), images.dtype), residual, logdet, latent)
 

@@ -29,8 +29,8 @@ from covae_core.contract import Priority
 CANCELLED = "CANCELLED"
 # Seconds of one request, so that a server that is started again is waited for.
 REQUEST_S = 300.0
-# Images of a shard are asked for while those of another are written as PNG and put into place.
-THREADS = 2
+# Images of two shards are asked for while those of a third are written as PNG and put into place.
+THREADS = 3
 # Seconds between two looks for an interrupt.
 POLL_S = 0.2
 
@@ -124,8 +124,9 @@ class Job:
         goes on until none is missing, and leaves alone what another has put there meanwhile.
 
         Args:
-            threads: shards at a time. metrics: as of `Client`. stop: set, it ends the run: what is under way is
-                dropped, and the status that is returned says what is missing.
+            threads: shards at a time: one is written while images of the others are asked for. metrics: as of
+                `Client`. stop: set, it ends the run: what is under way is dropped, and the status that is returned
+                says what is missing.
 
         Raises:
             ServerError: the server does not do it, for as long as REQUEST_S. StoreError: the folder cannot be written.
@@ -168,14 +169,16 @@ class Job:
         check: Callable[[], None],
         turn: AbstractContextManager[object] | None = None,
     ) -> Event:
-        """Make one shard and put it into place. turn: held while images are generated.
+        """Make one shard and put it into place. turn: held while images are generated; scores and edits read
+        files meanwhile.
 
         Raises:
             as `run`.
         """
-        job, begun = self.specification, time.perf_counter()
+        job = self.specification
         try:
             with (turn if job.operation == "generate" else None) or nullcontext():
+                begun = time.perf_counter()
                 rows = make(job, model, inputs, shard, check)
             content = to_bytes(job, shard, rows)
             same_model(job, model, self.server)  # it may have been changed meanwhile

@@ -22,7 +22,7 @@ from covae_core.images import encode_png, fit_image, open_image
 TRAILER = "__covae__/shard.json"
 METADATA_KEY = b"covae"
 SCORES = ("log_likelihood_bound", "standard_error", "elbo", "bits_per_dim", "effective_sample_size", "p_value")
-ARROW = {int: "int64", float: "float64", str: "string"}
+ARROW = {bool: "bool", int: "int64", float: "float64", str: "string"}
 
 
 class ShardError(CovaeError):
@@ -53,7 +53,7 @@ def columns_of(job: Specification) -> dict[str, type]:
     scores: dict[str, type] = dict.fromkeys(SCORES, float)
     return {
         "generate": {"index": int, "seed": int, "noise_seed": int} | (scores if job.options.get("score") else {}),
-        "score": {"index": int, "file": str} | scores,
+        "score": {"index": int, "file": str, "fitted": bool} | scores,
         "edit": {"index": int, "edit": str, "sample": int, "distance": float, "tail": float},
     }[job.operation]
 

@@ -12,7 +12,7 @@ from typing import Any
 from covae_client.errors import InvalidArgument
 
 FILE = "job.json"
-VERSION = 1
+VERSION = 2
 FORMATS = {"parquet": "parquet", "webdataset": "tar"}
 MOST_SHARDS = 1_000_000
 OPERATIONS = ("generate", "score", "edit")

@@ -30,7 +30,7 @@ from covae_client.model import BeyondReach, Model
 from covae_client.retry import Timeout
 from covae_client.scored_files import printable
 from covae_core.contract import ModelSpec
-from covae_core.images import fit_image, load_edit, open_image
+from covae_core.images import fit_image, has_other_size, load_edit, open_image
 from covae_core.warp import PRIOR
 
 # Rows that a worker asks for at a time: four requests in flight.
@@ -134,20 +134,22 @@ def _scores(job: Specification, model: Model, images: NDArray[np.uint8]) -> Iter
 def _scored(job: Specification, model: Model, inputs: Inputs, rows: range, check: Check) -> Rows:
     found = Rows()
     for block in _blocks(rows, SCORED_BLOCK, check):
-        images, names = {}, {}
+        images, names, fitted = {}, {}, {}
         for index, (name, content) in zip(block, inputs.read(block), strict=True):
             names[index] = printable(name)
             try:
                 if isinstance(content, ImageFileError):
                     raise content
-                images[index] = fit_image(open_image(content, name), model.spec.image_shape)
+                picture = open_image(content, name)
+                images[index] = fit_image(picture, model.spec.image_shape)
+                fitted[index] = has_other_size(picture, model.spec.image_shape)
             except ImageFileError as error:
                 found.rejects.append(_reject(index, names[index], error))
         for index, values in _scored_singly(job, model, images):
             if isinstance(values, ServerError):
                 found.rejects.append(_reject(index, names[index], values))
             else:
-                found.values.append({"index": index, "file": names[index], **values})
+                found.values.append({"index": index, "file": names[index], "fitted": fitted[index], **values})
     found.rejects.sort(key=lambda reject: int(reject["index"]))
     return found
 
