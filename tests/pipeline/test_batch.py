@@ -238,10 +238,11 @@ def test_broken_pictures_are_listed_and_stop_nothing(made, pictures, model, serv
 
 
 def test_a_picture_that_was_scaled_says_so(model, server, tmp_path):
+    (tmp_path / "in").mkdir()
     image = model.sample(1, seed=3)[0]
     for name, pixels in (("a", image), ("b", np.kron(image, np.ones((2, 2, 1), np.uint8)))):
-        (tmp_path / f"{name}.png").write_bytes(encode_png(pixels))
-    job = batch.score(model.name, inputs=[tmp_path], out=tmp_path / "job", num_samples=1, server=server)
+        (tmp_path / "in" / f"{name}.png").write_bytes(encode_png(pixels))
+    job = batch.score(model.name, inputs=[tmp_path / "in"], out=tmp_path / "job", num_samples=1, server=server)
     assert job.run().done
     assert [row["fitted"] for row in table(tmp_path / "job")] == [False, True]
 

@@ -34,9 +34,11 @@ def test_it_serves_a_repository_and_leaves_nothing_behind(toy_repository, tmp_pa
                 inputs.append(InferInput(tensor.name, [2, *tensor.dims], "INT64"))
                 inputs[-1].set_data_from_numpy(np.zeros((2, *tensor.dims), np.int64))
             assert client.infer(name, inputs).as_numpy("image").dtype == np.uint8
-    finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
+        server.wait()
     assert list(Path(tmp_path).glob("covae-*")) == []
 
 
