@@ -234,7 +234,16 @@ def test_broken_pictures_are_listed_and_stop_nothing(made, pictures, model, serv
     assert "truncated or corrupt" in rejects[0]["error"]
     assert "empty" in rejects[1]["error"]
     assert "2 pictures were refused" in (tmp_path / "job" / "README.md").read_text()
+    assert "2 pictures of these were refused" in Running(["status", tmp_path / "job"]).end()[1]
     assert job.verify(regenerate=3) == []
+
+
+def test_a_jobs_folder_is_read_without_its_contact_sheet(model, server, tmp_path):
+    assert batch.generate(model.name, count=3, out=tmp_path / "made", server=server).run().done
+    (tmp_path / "made" / "mine").mkdir()
+    shutil.copy(tmp_path / "made" / "contact-sheet.png", tmp_path / "made" / "mine")
+    assert len(Inputs([str(tmp_path / "made")])) == 4
+    assert len(Inputs([str(tmp_path / "made" / "contact-sheet.png")])) == 1
 
 
 def test_a_picture_that_was_scaled_says_so(model, server, tmp_path):
@@ -502,7 +511,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(model, server, 
 def test_another_job_in_the_folder_is_refused_and_stays(model, server, tmp_path):
     batch.generate(model.name, count=30, out=tmp_path, server=server).run()
     before = contents(tmp_path)
-    with pytest.raises(InvalidArgument, match=r"found another job in .*: count 30, not 31, options"):
+    with pytest.raises(InvalidArgument, match=r"found another job in .*: count 30, not 31, seed 0, not 2; choose"):
         batch.generate(model.name, count=31, seed=2, out=tmp_path, server=server)
     assert contents(tmp_path) == before
     (tmp_path / "other" / "data").mkdir(parents=True)

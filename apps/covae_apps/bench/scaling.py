@@ -203,8 +203,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     summary, parts = [], []
     for item in record["curves"]:
         low, high = item["interval"]
-        exponent = f"{item['exponent']:.2f} ({low:.2f} to {high:.2f})"
-        summary.append([item["title"], exponent, f"{item['steepest']:.2f}", _shown_knee(item)])
+        exponent = f"{item['exponent']:z.2f} ({low:z.2f} to {high:z.2f})"
+        summary.append([item["title"], exponent, f"{item['steepest']:z.2f}", _shown_knee(item)])
         cells = zip(item["sizes"], item["ms"], item["memory_mb"], strict=True)
         parts.append(
             markdown(
@@ -250,7 +250,7 @@ def draw_plot(record: Mapping[str, Any], path: Path) -> None:
             if item["sizes"][0] <= item["knee"] <= item["sizes"][-1]:
                 axis.axvline(item["knee"], color="#8a8f98", lw=0.8, ls=":", label="knee")
             title = item["title"].partition(",")[0].partition(";")[0]
-            axis.set_title(f"time ∝ size^{item['exponent']:.2f}", fontsize=9)
+            axis.set_title(f"time ∝ size^{item['exponent']:z.2f}", fontsize=9)
             axis.set_xlabel(title)
         figure.axes[0].legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=160)

@@ -301,8 +301,15 @@ def _run(
 
 
 def _print_status(job: Job, found: Status) -> None:
+    from covae_client.batch.card import REJECTS
+    from covae_client.commands import counted
+
     there = found.shards - len(found.missing)
     typer.echo(f"{there} of {found.shards} shards, {job.specification.count} rows in all: {job.store.url}")
+    if found.done and job.store.exists(REJECTS):
+        refused = len(job.store.read(REJECTS).splitlines())
+        verb = "was" if refused == 1 else "were"
+        typer.echo(f"{counted(refused, 'picture')} of these {verb} refused; {REJECTS} names each with the reason")
     if found.cancelled:
         typer.echo(f"cancelled; `covae batch resume {job.store.url}` goes on")
     if found.unknown:

@@ -16,6 +16,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from covae_client.batch.card import SHEET
+from covae_client.batch.specification import FILE
 from covae_client.batch.store import StoreError
 from covae_client.errors import CovaeError, ImageFileError, InvalidArgument
 from covae_core.images import EXTENSIONS, MAX_FILE_BYTES, list_images
@@ -231,6 +233,8 @@ def _sources(place: str, seen: set[str]) -> Iterator[Source]:
             f"--input: found no picture in {place!r}; expected files that end in {', '.join(EXTENSIONS)}, .tar or "
             ".parquet"
         )
+    if fs.isdir(path):
+        pictures = [name for name in pictures if not _is_sheet(fs, name)]
     protocol = str(fs.protocol)
     new = [name for name in (*pictures, *archives) if f"{protocol} {name}" not in seen]
     seen |= {f"{protocol} {name}" for name in new}
@@ -250,6 +254,12 @@ def _in_folder(path: str) -> tuple[dict[str, int], list[str], list[str]]:
     pictures = [str(name) for name in listing.images]
     archives = [str(name) for name in listing.others if name.name.lower().endswith(ARCHIVES)]
     return {name: os.path.getsize(name) for name in (*pictures, *archives)}, pictures, archives
+
+
+def _is_sheet(fs: Any, name: str) -> bool:
+    """Whether a picture is a job's contact sheet, which is no image of it."""
+    folder, _, last = name.rpartition("/")
+    return last == SHEET and bool(fs.exists(f"{folder}/{FILE}"))
 
 
 def _hidden(name: str, folder: str) -> bool:

@@ -13,6 +13,7 @@ from covae_client.errors import InvalidArgument
 
 FILE = "job.json"
 VERSION = 2
+DIGEST_DIGITS = 64
 FORMATS = {"parquet": "parquet", "webdataset": "tar"}
 MOST_SHARDS = 1_000_000
 OPERATIONS = ("generate", "score", "edit")
@@ -105,5 +106,11 @@ class Specification:
 
     def differences(self, other: Specification) -> str:
         """What another has that this has not, in words."""
-        ours, theirs = asdict(self), asdict(other)
-        return ", ".join(f"{name} {ours[name]!r}, not {theirs[name]!r}" for name in ours if ours[name] != theirs[name])
+        ours, theirs = ({**asdict(job), **job.options, "options": None} for job in (self, other))
+        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        return ", ".join(f"{name} {_short(ours.get(name))}, not {_short(theirs.get(name))}" for name in names)
+
+
+def _short(value: Any) -> str:
+    """A digest's first digits are enough to tell it by."""
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == DIGEST_DIGITS else repr(value)
