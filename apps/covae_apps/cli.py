@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from covae_train.threads import use_threads
-
-
-def clean_up_when_terminated() -> None:
-    """Have SIGTERM and SIGHUP end the command as Ctrl-C does, with its servers and temporary folders."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # under `nohup`
-            signal.signal(number, signal.default_int_handler)
 
 
 def demo(
@@ -27,15 +19,16 @@ def demo(
     page: Annotated[Path, typer.Option(help="the page of pictures to write")] = Path("demo/index.html"),
 ) -> None:
     """Train, export, serve, sample, edit and score on one data set; leaves a page of pictures."""
-    clean_up_when_terminated()
     use_threads(1)
     from rich.console import Console
 
     from covae_apps.demo.pipeline import Places, run_demo
+    from covae_client.commands import terminated_as_interrupted
     from covae_train.cli import parse_size
 
     size = parse_size(image_size)
-    run_demo(data, Places(runs, repository, page), Console(), image_size=size, channels=channels)
+    with terminated_as_interrupted():  # its server and temporary folders go too
+        run_demo(data, Places(runs, repository, page), Console(), image_size=size, channels=channels)
 
 
 bench = typer.Typer(
@@ -44,9 +37,11 @@ bench = typer.Typer(
 
 
 @bench.callback()
-def _bench() -> None:
+def _bench(context: typer.Context) -> None:
     """Time Covae beside what else there is; ratios in one run."""
-    clean_up_when_terminated()
+    from covae_client.commands import terminated_as_interrupted
+
+    context.with_resource(terminated_as_interrupted())  # servers and temporary folders go too
 
 
 @bench.command("densities")

@@ -52,26 +52,12 @@ def test_generation_measures_every_model_and_says_where_the_time_goes(repository
 
 
 def processes_that_name(place):
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if os.fsencode(place) in file.read_bytes():
-                found.append(file.parent.name)
-    return found
+    return [line for line in command_lines() if str(place) in line]
 
 
 @pytest.mark.slow
 def test_a_terminated_benchmark_leaves_no_server_and_no_folder(tmp_path):
-    words = [
-        "generation",
-        "vae",
-        "--untrained",
-        "8x8x1",
-        "--images",
-        "100000000",
-        "--folder",
-        str(tmp_path / "records"),
-    ]
+    words = f"generation vae --untrained 8x8x1 --images 100000000 --folder {tmp_path / 'records'}".split()
     place = tmp_path / "temporary"
     place.mkdir()
     bench = subprocess.Popen(

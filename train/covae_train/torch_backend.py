@@ -134,9 +134,6 @@ class TorchBackend:
         found: Tensor = _Implicit.apply(value, rest, adjoint)  # type: ignore[no-untyped-call]
         return found
 
-    def dots(self, first: Tensor, second: Tensor) -> Tensor:
-        return (first * second).sum(-1, keepdim=True)
-
     @torch.no_grad()
     def iterate(self, step: Callable[..., Any], state: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
         for _ in range(limit):

@@ -53,7 +53,7 @@ gRPC, Triton and its stub, whatever the model (the first row), and on two cores 
 eight clients, take turns with the graph's; a sample draws noise that a mean does not; beside PyTorch and
 what is built on it a server can be no faster than the graph (the limit below the table); a factor as 16-bit
 floats is half of 79 MB at batch 64, which saves 0.3 s on a network of 1 Gbit/s and nothing on one machine.
-Ratios of single runs on such a machine differ by some hundredths from day to day.""",
+Ratios of single runs on such a machine differ by some hundredths from run to run.""",
         peers.as_markdown,
     ),
     scoring.NAME: Section(

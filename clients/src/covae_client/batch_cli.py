@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +51,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Same seed, same images.")]
 NumSamples = Annotated[int, typer.Option("--num-samples", help="Importance weights of a score.")]
 Pose = Annotated[str, typer.Option("--pose", help="prior, identity or average: as of `covae sample`.")]
 DEFAULT_SERVER = "localhost:8001"
+DEFAULT_THREADS = 3
 
 
 @app.command()
@@ -67,7 +67,7 @@ def generate(
     shard_size: ShardSize = 1000,
     file_format: Format = "parquet",
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 3,
+    threads: Threads = DEFAULT_THREADS,
     engine: Engine = "local",
     plan_only: PlanOnly = False,
     as_json: Json = False,
@@ -105,7 +105,7 @@ def score(
     shard_size: ShardSize = 1000,
     file_format: Format = "parquet",
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 3,
+    threads: Threads = DEFAULT_THREADS,
     engine: Engine = "local",
     plan_only: PlanOnly = False,
     as_json: Json = False,
@@ -146,7 +146,7 @@ def edit(
     shard_size: ShardSize = 1000,
     file_format: Format = "parquet",
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 3,
+    threads: Threads = DEFAULT_THREADS,
     engine: Engine = "local",
     plan_only: PlanOnly = False,
     as_json: Json = False,
@@ -176,7 +176,7 @@ def edit(
 def resume(
     folder: Folder,
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 3,
+    threads: Threads = DEFAULT_THREADS,
     engine: Engine = "local",
     as_json: Json = False,
     metrics_port: MetricsPort = None,
@@ -195,7 +195,7 @@ def worker(
     index: Annotated[int, typer.Option("--index", min=0, envvar="JOB_COMPLETION_INDEX", help="Which worker this is …")],
     of: Annotated[int, typer.Option("--of", min=1, help="… of how many.")],
     server: Server = DEFAULT_SERVER,
-    threads: Threads = 3,
+    threads: Threads = DEFAULT_THREADS,
     as_json: Json = False,
     metrics_port: MetricsPort = None,
 ) -> None:
@@ -277,6 +277,7 @@ def _run(
     metrics_port: int | None,
     **options: Any,
 ) -> None:
+    from covae_client.commands import terminated_as_interrupted
     from covae_client.metrics import served_registry
 
     if engine not in ("local", "ray"):
@@ -285,7 +286,7 @@ def _run(
         from covae_client.batch.ray_engine import run_on_ray
 
         act = partial(run_on_ray, job)
-    with _terminated_as_interrupted(), served_registry(metrics_port) as registry, _shown(job, as_json) as on_event:
+    with terminated_as_interrupted(), served_registry(metrics_port) as registry, _shown(job, as_json) as on_event:
         try:
             found = act(threads=threads, metrics=registry, on_event=on_event, **options)
         except KeyboardInterrupt as stop:
@@ -350,22 +351,3 @@ def _shown(job: Job, as_json: bool) -> Iterator[Callable[[Event], None]]:
             bar.update(task, completed=done, rate=f"{done / (time.monotonic() - begun):,.0f} a second")
 
         yield tell
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    # Some systems have no SIGHUP; `nohup` has it ignored, and so it stays.
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {
-        number: signal.signal(number, interrupt) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

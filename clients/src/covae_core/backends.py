@@ -119,9 +119,6 @@ class Backend(Protocol):
         """The value of a linear solve, with the gradients of its solution: residual(value) is 0, and carries those of
         what the solve depends on; adjoint solves the transposed system."""
 
-    def dots(self, first: Array, second: Array) -> Array:
-        """Σ first · second along the last axis, which stays. shape: (N, B, n) → (N, B, 1)"""
-
     def iterate(
         self, step: Callable[..., tuple[Array, ...]], state: tuple[Array, ...], limit: int
     ) -> tuple[Array, ...]:

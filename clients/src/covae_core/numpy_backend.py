@@ -111,9 +111,6 @@ class NumpyBackend:
     def implicit(self, value: Floats, residual: Any, adjoint: Any) -> Floats:
         return value
 
-    def dots(self, first: Floats, second: Floats) -> Floats:
-        return np.asarray((first * second).sum(axis=-1, keepdims=True))
-
     def iterate(self, step: Callable[..., Any], state: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
         for _ in range(limit):
             if not state[0].any():

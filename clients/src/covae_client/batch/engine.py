@@ -31,6 +31,8 @@ CANCELLED = "CANCELLED"
 REQUEST_S = 300.0
 # Images of two shards are asked for while those of a third are written as PNG and put into place.
 THREADS = 3
+# No turn to wait for.
+AT_ONCE = nullcontext()
 # Seconds between two looks for an interrupt.
 POLL_S = 0.2
 
@@ -167,17 +169,16 @@ class Job:
         inputs: Inputs | None,
         shard: int,
         check: Callable[[], None],
-        turn: AbstractContextManager[object] | None = None,
+        turn: AbstractContextManager[object] = AT_ONCE,
     ) -> Event:
-        """Make one shard and put it into place. turn: held while images are generated; scores and edits read
-        files meanwhile.
+        """Make one shard and put it into place. turn: held while the server is asked for it.
 
         Raises:
             as `run`.
         """
         job = self.specification
         try:
-            with (turn if job.operation == "generate" else None) or nullcontext():
+            with turn:
                 begun = time.perf_counter()
                 rows = make(job, model, inputs, shard, check)
             content = to_bytes(job, shard, rows)
@@ -244,8 +245,10 @@ class Job:
         stop: Flag,
     ) -> None:
         ended = Flag()
-        # Were all of them to ask for images at once, all would write PNGs at once, and nobody ask meanwhile.
-        turn = BoundedSemaphore(max(1, threads - 1))
+        # Were all of them to ask for images at once, all would write PNGs at once, and nobody ask meanwhile. Scores and
+        # edits read files on the way.
+        generates = self.specification.operation == "generate"
+        turn = BoundedSemaphore(max(1, threads - 1)) if generates else AT_ONCE
 
         def check() -> None:
             if stop.is_set() or ended.is_set():

@@ -215,7 +215,8 @@ def _sources(place: str, seen: set[str]) -> Iterator[Source]:
         fs, path = fsspec.core.url_to_fs(place)
         if not fs.exists(path):
             raise InvalidArgument(f"--input: found {place!r}; there is no such file or folder")
-        if not fs.isdir(path):
+        is_folder = fs.isdir(path)
+        if not is_folder:
             sizes, pictures, archives = {path: int(fs.size(path))}, [path], list[str]()
         elif isinstance(fs, fsspec.implementations.local.LocalFileSystem):
             sizes, pictures, archives = _in_folder(path)
@@ -224,6 +225,8 @@ def _sources(place: str, seen: set[str]) -> Iterator[Source]:
             sizes = {name: int(entry.get("size") or 0) for name, entry in found.items() if not _hidden(name, path)}
             pictures = sorted(name for name in sizes if name.lower().endswith(EXTENSIONS))
             archives = sorted(name for name in sizes if name.lower().endswith(ARCHIVES))
+        if is_folder:
+            pictures = [name for name in pictures if not _is_sheet(fs, name)]
     except InvalidArgument:
         raise
     except Exception as error:  # what the store's own library raises
@@ -233,8 +236,6 @@ def _sources(place: str, seen: set[str]) -> Iterator[Source]:
             f"--input: found no picture in {place!r}; expected files that end in {', '.join(EXTENSIONS)}, .tar or "
             ".parquet"
         )
-    if fs.isdir(path):
-        pictures = [name for name in pictures if not _is_sheet(fs, name)]
     protocol = str(fs.protocol)
     new = [name for name in (*pictures, *archives) if f"{protocol} {name}" not in seen]
     seen |= {f"{protocol} {name}" for name in new}

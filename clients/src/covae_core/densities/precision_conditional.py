@@ -87,7 +87,7 @@ class PrecisionConditional(Conditional):
             solved = self._solve(-self._scale * self._normal._precision(residual))
             image, noise = residual + self._scale * solved, self._on * solved
             moved = self._normal._precision(image)
-            return (self._backend.dots(image, moved) + self._backend.dots(noise, noise))[..., 0]
+            return xp.sum(image * moved, axis=-1) + xp.sum(noise * noise, axis=-1)
 
     def _agree(self, images: Array, seeds: Array | None) -> Array:
         """By Matheron's rule."""
@@ -154,17 +154,17 @@ class PrecisionConditional(Conditional):
         """The same by conjugate gradients; nothing is recorded."""
         backend, xp = self._backend, self._backend.xp
         ready = self._prepared(rows)
-        energy = backend.dots(rows, ready)
+        energy = xp.sum(rows * ready, axis=-1, keepdims=True)
         enough = self._tolerance**2 * energy
 
         def step(busy: Array, solved: Array, rest: Array, ahead: Array, energy: Array) -> tuple[Array, ...]:
             moved = self._operator(ahead)
-            curvature = backend.dots(ahead, moved)
+            curvature = xp.sum(ahead * moved, axis=-1, keepdims=True)
             one, nothing = xp.ones_like(energy), xp.zeros_like(energy)
             length = xp.where(busy, energy / xp.where(busy, curvature, one), nothing)
             solved, rest = solved + length * ahead, rest - length * moved
             ready = self._prepared(rest)
-            after = xp.where(busy, backend.dots(rest, ready), energy)
+            after = xp.where(busy, xp.sum(rest * ready, axis=-1, keepdims=True), energy)
             ahead = xp.where(busy, ready + after / xp.where(busy, energy, one) * ahead, ahead)
             return after > enough, solved, rest, ahead, after
 
