@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
+import faulthandler
 import fcntl
 import os
+import pickle  # noqa: TID251 - between processes, never from a file
 import shutil
 import signal
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 
 from covae_core.contract import MOST_NAME, NAME_PATTERN, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
@@ -30,6 +32,7 @@ from covae_export.half import check_range, has_half, with_half_features
 from covae_export.triton_config import build_config, to_text
 from covae_export.verification import Disagreement, refuse_unacceptable, verify
 from covae_export.weights import digests, share_weights
+from covae_train.families import families
 from covae_train.image_model import ImageModel
 from covae_train.run import TrainedRun
 from covae_train.threads import use_threads
@@ -122,9 +125,11 @@ def export_run(
         with _staging_folder(repository) as staging:
             disagreements = []
             stage = partial(_stage, run.model, spec, deployment, staging, precision)
-            for operation, found in _each(stage, wanted, jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))):
-                on_operation(operation)
-                disagreements += found()
+            jobs = jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))
+            with closing(_each(stage, wanted, jobs)) as each:
+                for operation, found in each:
+                    on_operation(operation)
+                    disagreements += found()
             refuse_unacceptable(disagreements, precision)
             share_weights([staging / operation for operation in spec.operations])
             with _locked(repository):
@@ -202,48 +207,62 @@ def _locked(repository: Path) -> Iterator[None]:
 
 
 Stage = Callable[[Operation], list[Disagreement]]
-# In a forked process, what it is to do: it has all that this one had, where a model that is sent would have to be
-# picklable.
-_forked: Stage
-PR_SET_PDEATHSIG = 1
+# In a process of the pool, what it is to do.
+_work: Stage
 
 
 def _each(
     stage: Stage, operations: Sequence[Operation], jobs: int
-) -> Iterator[tuple[Operation, Callable[[], list[Disagreement]]]]:
-    """Operations in their order, each with what waits for its result."""
+) -> Generator[tuple[Operation, Callable[[], list[Disagreement]]], None, None]:
+    """Operations in their order, each with what waits for its result; nothing goes on once it is closed."""
     if jobs == 1:
         for operation in operations:
             yield operation, partial(stage, operation)
         return
-    # The longest first. One torch thread each, so no pool of threads is lost by forking.
-    order = sorted(operations, key=lambda operation: operation.name not in LONGEST)
-    with (
-        warnings.catch_warnings(),
-        ProcessPoolExecutor(min(jobs, len(order)), get_context("fork"), _begin_fork, (stage, os.getpid())) as pool,
-    ):
-        warnings.simplefilter("ignore", DeprecationWarning)
-        results = {operation.name: pool.submit(_stage_forked, operation.name) for operation in order}
+    # Forked from a process that has imported this and done nothing: a fork of one with threads, which a gRPC client or
+    # a session leaves behind, may crash on what they were at.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    order = sorted(operations, key=lambda operation: operation.name not in LONGEST)  # the longest first
+    ended, going_on = context.Pipe(duplex=False)
+    arguments = (ended, dict(os.environ), _sendable(stage))
+    with ended, going_on, ProcessPoolExecutor(min(jobs, len(order)), context, _begin, arguments) as pool:
         try:
+            results = {operation.name: pool.submit(_stage_here, operation.name) for operation in order}
             for operation in operations:
                 yield operation, partial(_result, results[operation.name], operation)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            going_on.close()  # the processes end now, where the pool would wait for them
+            raise
 
 
-def _begin_fork(stage: Stage, parent: int) -> None:
-    """Take over the work, and die with the process that it is for."""
-    global _forked
-    _forked = stage
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a pool that is broken ends its processes so
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before it was asked for
-        os._exit(1)
+def _sendable(stage: Stage) -> bytes:
+    try:
+        return pickle.dumps(stage)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ExportError(f"the model cannot be sent to other processes: {error}; try --jobs 1") from error
+
+
+def _begin(ended: Connection, environment: Mapping[str, str], stage: bytes) -> None:
+    """Take over the work, as the process that it is for would do it, and end when that one dies or wants no more."""
+    global _work
+    faulthandler.enable()
+    Thread(target=_end_with, args=(ended,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them
+    os.environ.clear()
+    os.environ.update(environment)
     use_threads(1)
+    families()  # whose modules nobody else finds
+    _work = pickle.loads(stage)
 
 
-def _stage_forked(name: str) -> list[tuple[str, float, float]]:
-    return [(item.output, item.error, item.tolerance) for item in _forked(OPERATIONS[name])]
+def _end_with(ended: Connection) -> None:
+    wait([ended])
+    os._exit(1)
+
+
+def _stage_here(name: str) -> list[tuple[str, float, float]]:
+    return [(item.output, item.error, item.tolerance) for item in _work(OPERATIONS[name])]
 
 
 def _result(found: Future[list[tuple[str, float, float]]], operation: Operation) -> list[Disagreement]:
@@ -252,7 +271,7 @@ def _result(found: Future[list[tuple[str, float, float]]], operation: Operation)
     except BrokenProcessPool as error:
         raise ExportError(
             "a process died while it exported an operation, perhaps for lack of memory; nothing was published, try "
-            "--jobs 1"
+            "--jobs 1 (in Python: jobs=1, or call it below `if __name__ == '__main__':`)"
         ) from error
 
 

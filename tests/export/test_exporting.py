@@ -4,6 +4,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 
 import onnx
@@ -311,3 +316,75 @@ def test_a_process_that_dies_is_told_and_nothing_is_published(run_folders, tmp_p
     with pytest.raises(ExportError, match=r"a process died while it exported an operation.* try --jobs 1"):
         export_run(run, tmp_path, "toy", operations=["sample", "decode"], jobs=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_no_process_can_be_given_is_told_and_nothing_is_published(run_folders, tmp_path):
+    run = load_run(run_folders["beta-vae"])
+    run.model.brighter = lambda images: images + 1
+    with pytest.raises(ExportError, match=r"cannot be sent to other processes: .*lambda.* try --jobs 1"):
+        export_run(run, tmp_path, "toy", operations=["sample", "decode"], jobs=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+# No process of an export may be a fork of the exporting one, whose threads would be cut off at whatever they were at.
+EXPORTING = """
+import os, sys
+from pathlib import Path
+from covae_export.exporting import export_run
+from covae_train.run import load_run
+
+if __name__ == "__main__":
+    os.register_at_fork(after_in_child=lambda: os._exit(1))
+    export_run(load_run(Path(sys.argv[1])), Path(sys.argv[2]), "toy", operations=["sample", "score"], jobs=2)
+"""
+
+
+@pytest.fixture
+def exporting(run_folders, tmp_path):
+    """A process group of its own that exports into `tmp_path / "repository"`, two operations at a time."""
+    script = tmp_path / "exporting.py"
+    script.write_text(EXPORTING)
+    words = [sys.executable, str(script), str(run_folders["sos-vae"]), str(tmp_path / "repository")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_no_process_of_an_export_is_a_fork_of_the_exporting_one(exporting, tmp_path):
+    assert exporting.communicate(timeout=300) == (None, "")
+    assert exporting.returncode == 0
+    assert read_release(tmp_path / "repository", "toy").operations == ("sample", "score")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_export_that_is_ended_ends_its_processes_with_it(number, exporting, tmp_path):
+    def at_work():
+        return list((tmp_path / "repository").glob(".staging-*/*"))
+
+    until = time.monotonic() + 120
+    while time.monotonic() < until and len(at_work()) < 2:
+        time.sleep(0.05)
+    assert len(at_work()) == 2
+    exporting.send_signal(number)
+    _, words = exporting.communicate(timeout=20)
+    until = time.monotonic() + 20
+    while time.monotonic() < until and there_is(exporting.pid):
+        time.sleep(0.05)
+    assert not there_is(exporting.pid)
+    if number != signal.SIGKILL:
+        assert at_work() == []
+        assert "leaked" not in words  # as Python says of what nobody gave back
+
+
+def there_is(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
