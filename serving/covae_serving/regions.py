@@ -23,7 +23,7 @@ from covae_serving.stubs import find_stubs
 
 SHARED_MEMORY = Path("/dev/shm")
 NAME = "covae-"
-NOTED = "folders"
+NOTED = "backend-folder"
 LOCK_NAME = re.compile(r"(?P<prefix>covae-[0-9]{1,10}-[0-9a-f]{8}-)lock")
 SAFE_PATH = re.compile(r"[A-Za-z0-9/._-]+")
 
@@ -51,10 +51,15 @@ class Regions:
         if name.startswith(self.prefix):
             (SHARED_MEMORY / name).unlink(missing_ok=True)
 
-    def note(self, folders: Collection[Path]) -> None:
-        """Remember folders of Triton's, for whoever clears up after it: a killed one leaves them."""
-        noted = self.folder / NOTED
-        noted.write_text("".join(f"{path}\n" for path in folders), encoding="utf-8")
+    def note_backend_folder(self, before: Collection[Path]) -> None:
+        """Remember which of `backend_folders` a Triton that answers has made, where these were before, for whoever
+        clears up after it: a killed one leaves it.
+
+        Only where there is one alone: of several, of Tritons that began meanwhile, nobody can tell whose they are, and
+        one whose folder is gone aborts at its end.
+        """
+        new = backend_folders().difference(before)
+        (self.folder / NOTED).write_text(str(new.pop()) if len(new) == 1 else "", encoding="utf-8")
 
     def hide(self) -> None:
         """Let no other user read the regions: Triton makes them readable for all, whatever its umask."""
@@ -154,10 +159,10 @@ def backend_folders() -> set[Path]:
 
 
 def _remove_noted(folder: Path) -> None:
-    with suppress(OSError):
-        for line in (folder / NOTED).read_text(encoding="utf-8").splitlines():
-            with suppress(OSError):  # it is gone, or not empty: then it was another's
-                Path(line).rmdir()
+    with suppress(OSError):  # it is gone, or not empty: then it was another's
+        noted = (folder / NOTED).read_text(encoding="utf-8")
+        if noted:
+            Path(noted).rmdir()
 
 
 def _remove_all(prefix: str) -> None:

@@ -234,15 +234,30 @@ def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     return install
 
 
-def test_a_tritonserver_on_path_comes_first(toy_repository, serve, connect, tmp_path, on_path):
+def as_the_wheel_does():
     wheel = find_installation()
-    run_wheel = f'LD_LIBRARY_PATH="{wheel.libraries}:$LD_LIBRARY_PATH" exec "{wheel.binary}" "$@"'
-    on_path(f'touch "{tmp_path}/used"\n{run_wheel}')
+    return f'LD_LIBRARY_PATH="{wheel.libraries}:$LD_LIBRARY_PATH" exec "{wheel.binary}" "$@"'
+
+
+def test_a_tritonserver_on_path_comes_first(toy_repository, serve, connect, tmp_path, on_path):
+    on_path(f'touch "{tmp_path}/used"\n{as_the_wheel_does()}')
 
     service = serve(toy_repository, operations=["decode"])
 
     assert (tmp_path / "used").exists()
     assert connect(service.grpc_address).infer("toy_decode", latent=LATENT)
+
+
+def test_the_folder_of_a_triton_that_began_meanwhile_is_left_alone(toy_repository, on_path):
+    """It aborts at its own end where that is gone."""
+    strange = Path(f"/tmp/python_env_{os.getpid()}")
+    on_path(f"mkdir {strange}\n{as_the_wheel_does()}")
+    try:
+        with Service(toy_repository, operations=["decode"], grpc_port=0, metrics_port=0):
+            pass
+        assert strange.is_dir()
+    finally:
+        strange.rmdir()
 
 
 def test_a_triton_without_a_stub_for_this_python_is_refused(toy_repository, on_path):
