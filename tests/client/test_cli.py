@@ -100,9 +100,13 @@ def test_a_pose_that_the_model_has_not_is_refused_before_anything_is_removed(pos
 def test_edit_takes_the_latent_of_an_image_from_the_encoder(covae, triton, tmp_path):
     Image.new("RGBA", (5, 6), (1, 2, 3, 255)).save(tmp_path / "edit.png")
     Image.new("RGB", (50, 60), (30, 30, 30)).save(tmp_path / "photo.png")
-    assert covae("edit", "toy", "edit.png", "--image", "photo.png").returncode == 0
+    result = covae("edit", "toy", "edit.png", "--image", "photo.png")
+    assert result.returncode == 0
+    assert "photo.png was scaled and cut to the model's size" in result.stdout
     latents = [inputs["latent"] for operation, inputs in triton.requests if operation == "condition"]
     np.testing.assert_array_equal(latents, np.full((1, 2, 4), 30))
+    Image.new("RGB", (5, 6), (30, 30, 30)).save(tmp_path / "photo.png")
+    assert "scaled" not in covae("edit", "toy", "edit.png", "--image", "photo.png").stdout
 
 
 def test_score_reports_refused_files_and_scores_the_others(covae, model, tmp_path):

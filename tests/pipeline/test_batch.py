@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from covae_client.batch.shards import to_bytes
 from covae_client.batch.store import Store, StoreError
 from covae_client.batch.work import check_model, make
 from covae_client.errors import InvalidArgument, NotFound
-from covae_core.images import encode_png
+from covae_core.images import encode_png, find_images
 
 pytestmark = pytest.mark.slow
 
@@ -244,6 +245,8 @@ def test_a_jobs_folder_is_read_without_its_contact_sheet(model, server, tmp_path
     shutil.copy(tmp_path / "made" / "contact-sheet.png", tmp_path / "made" / "mine")
     assert len(Inputs([str(tmp_path / "made")])) == 4
     assert len(Inputs([str(tmp_path / "made" / "contact-sheet.png")])) == 1
+    others = find_images([tmp_path / "made"])
+    assert [name.parent.name for name in others] == ["mine"]
 
 
 def test_a_picture_that_was_scaled_says_so(model, server, tmp_path):
@@ -543,7 +546,7 @@ def test_what_is_not_there_is_told(model, server, tmp_path):
     with pytest.raises(InvalidArgument, match=r"found no job\.json; expected the folder of a job"):
         batch.open_job(tmp_path)
     (tmp_path / "job.json").write_text('{"count": 3}')
-    with pytest.raises(InvalidArgument, match=r"job\.json: found \['count'\]; expected"):
+    with pytest.raises(InvalidArgument, match=re.escape(f"{tmp_path}/job.json: found ['count']; expected")):
         batch.open_job(tmp_path)
     (tmp_path / "job.json").write_text("{")
     with pytest.raises(InvalidArgument, match=r"job\.json: this is no job of version 2"):

@@ -282,6 +282,8 @@ def edit(
             pose=pose,
         )
     typer.echo(f"mean.png and {commands.counted(samples, 'sample')}: {edited.folder}")
+    if edited.fitted:
+        typer.echo(f"{image} was scaled and cut to the model's size; what was edited is what that made of it")
     if edited.advice:
         typer.echo(f"{typer.style('warning:', fg='yellow', bold=True)} {edited.advice}", err=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 from rich.console import Console
 from rich.progress import Progress
 
@@ -25,7 +26,7 @@ from covae_client.model import BeyondReach, Conditioned, Model
 from covae_client.plans import check_pose
 from covae_client.retry import Timeout
 from covae_core.files import check_writable, write_text, writing
-from covae_core.images import EXTENSIONS, contact_sheet, encode_png, load_edit
+from covae_core.images import EXTENSIONS, contact_sheet, encode_png, has_other_size, load_edit, open_image
 from covae_core.warp import PRIOR
 
 # Images held in memory at a time.
@@ -40,9 +41,11 @@ MAX_EDIT_SAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Edited:
-    """Where an edit's pictures are, and what to do if it is beyond the density's reach."""
+    """Where an edit's pictures are; whether the edited picture was of another size and what was edited is what was made
+    of it; and what to do if the edit is beyond the density's reach."""
 
     folder: Path
+    fitted: bool
     advice: str
 
 
@@ -157,9 +160,12 @@ def edit(
         check_pose(model.spec, model.name, pose)
         if image is not None:
             raise InvalidArgument(f"--pose: found {pose} with --image, whose pose is its own: leave one of them out")
+    if image is not None and not model.spec.latents:
+        raise InvalidArgument(f"--image: found {image}, but {model.name} has no latents: it is one density")
     mask, pixels = load_edit(edit_file, model.spec.image_shape)
     check_writable(out / "mean.png")
-    latent = _latent_of(model, seed, index, image, pose)
+    picture = None if image is None else open_image(image)
+    latent = latent_of(model, seed, index, pose) if picture is None else _latent_in(model, picture)
     softnesses = np.full(samples, softness, np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BeyondReach)  # said in this command's own words
@@ -167,19 +173,14 @@ def edit(
     save_image(out / "mean.png", result.image[0])
     for number, drawn in enumerate(result.sample):
         save_image(out / f"sample-{number}.png", drawn)
-    return Edited(out, _advice(model, latent, mask, pixels, result))
+    fitted = picture is not None and has_other_size(picture, model.spec.image_shape)
+    return Edited(out, fitted, _advice(model, latent, mask, pixels, result))
 
 
-def _latent_of(model: Model, seed: int, index: int, image: Path | None, pose: str) -> Any:
-    """What is edited: `latent_of` a seed, or the encoder's mean of a picture."""
-    if not model.spec.latents:
-        if image is not None:
-            raise InvalidArgument(f"--image: found {image}, but {model.name} has no latents: it is one density")
-        return None
-    if image is not None:
-        found = model.encode(image)
-        return {name: item.mean for name, item in found.items()} if isinstance(found, dict) else found.mean
-    return latent_of(model, seed, index, pose)
+def _latent_in(model: Model, picture: Image) -> Any:
+    """The encoder's mean of a picture."""
+    found = model.encode(picture)
+    return {name: item.mean for name, item in found.items()} if isinstance(found, dict) else found.mean
 
 
 def latent_of(model: Model, seed: int, index: int, pose: str = PRIOR) -> Any:

@@ -29,6 +29,8 @@ OPAQUE_ALPHA = 128
 
 STRIP_ROWS = 64
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+# A batch job's folder is one with this file, and its picture of many images is no image.
+JOB_FILE, CONTACT_SHEET = "job.json", "contact-sheet.png"
 FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = {1: "L", 3: "RGB"}
 
@@ -62,7 +64,7 @@ def list_images(folder: Path) -> Listing:
     """Search a folder through and through, links included; a folder that leads back to one above it is not entered.
 
     Files whose name ends in .png, .jpg, .jpeg or .webp, in small letters or large, are images; what they are inside is
-    seen when they are opened. Hidden files and folders do not count.
+    seen when they are opened. A batch job's contact sheet is none. Hidden files and folders do not count.
     """
     found = Listing([], [], [])
     _list(folder, (), found)
@@ -78,6 +80,7 @@ def _list(folder: Path, above: tuple[str, ...], found: Listing) -> None:
     except OSError as error:
         found.unreadable.append(ImageFileError(f"{folder}: cannot be read: {error.strerror or error}"))
         return
+    no_image = CONTACT_SHEET if any(entry.name == JOB_FILE for entry in entries) else None
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -85,7 +88,8 @@ def _list(folder: Path, above: tuple[str, ...], found: Listing) -> None:
         if entry.is_dir():
             _list(path, (*above, place), found)
         else:
-            (found.images if path.suffix.lower() in EXTENSIONS else found.others).append(path)
+            is_image = path.suffix.lower() in EXTENSIONS and entry.name != no_image
+            (found.images if is_image else found.others).append(path)
 
 
 def search_images(

@@ -6,11 +6,11 @@ import json
 from math import prod
 
 from covae_client.batch.shards import columns_of, from_bytes
-from covae_client.batch.specification import FILE, FORMATS, Specification
+from covae_client.batch.specification import FORMATS, Specification
 from covae_client.batch.store import Store
-from covae_core.images import contact_sheet, encode_png
+from covae_core.images import CONTACT_SHEET, JOB_FILE, contact_sheet, encode_png
 
-CARD, SHEET, REJECTS = "README.md", "contact-sheet.png", "rejects.jsonl"
+CARD, REJECTS = "README.md", "rejects.jsonl"
 SHEET_IMAGES = 64
 
 
@@ -32,7 +32,7 @@ def write(store: Store, job: Specification) -> None:
         rows, rejected = rows + len(found.values), rejected + len(found.rejects)
         lines += [json.dumps(reject, ensure_ascii=False) for reject in found.rejects]
     if first is not None:
-        store.replace(SHEET, encode_png(contact_sheet(first[:SHEET_IMAGES])))
+        store.replace(CONTACT_SHEET, encode_png(contact_sheet(first[:SHEET_IMAGES])))
     if lines:
         store.replace(REJECTS, ("\n".join(lines) + "\n").encode())
     else:
@@ -57,13 +57,13 @@ def text(job: Specification, rows: int, rejected: int, sheet: bool) -> str:
         else f'`webdataset.WebDataset(FOLDER + "/data/{members}")` reads it'
     )
     size = f" of {height}×{width}, {'RGB' if channels == 3 else 'grey'}," if prod(job.image_shape) and sheet else ""
-    picture = f"![the first images]({SHEET})\n\n" if sheet else ""
+    picture = f"![the first images]({CONTACT_SHEET})\n\n" if sheet else ""
     refused = f"{rejected} pictures were refused: `{REJECTS}` names each with the reason.\n\n" if rejected else ""
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
         f"    path: data/*.{FORMATS[job.format]}\n---\n\n"
         f"# {job.operation} · {job.model}\n\n{made}: {rows} rows{size} in {job.shards} shards; {opened}.\n\n"
         f"{picture}{refused}Beside each row: {columns}.\n\n{options}\n\n"
-        f"Training run {job.run_id}, SHA-256 {job.run_digest}. `{FILE}` is the whole specification; "
+        f"Training run {job.run_id}, SHA-256 {job.run_digest}. `{JOB_FILE}` is the whole specification; "
         "`covae batch verify FOLDER` holds every shard against it.\n"
     )

@@ -15,7 +15,7 @@ from typing import Any
 from covae_client.batch import card, verification
 from covae_client.batch.inputs import Inputs
 from covae_client.batch.shards import to_bytes
-from covae_client.batch.specification import FILE, Specification
+from covae_client.batch.specification import Specification
 from covae_client.batch.store import Store
 from covae_client.batch.work import Cancelled, JobError, check_model, make, same_model
 from covae_client.client import DEFAULT_ADDRESS, Client
@@ -24,6 +24,7 @@ from covae_client.metrics import batch_metrics_in
 from covae_client.model import Model
 from covae_client.retry import Timeout
 from covae_core.contract import Priority
+from covae_core.images import JOB_FILE
 
 # Whoever finds it stops between two blocks; `resume` removes it.
 CANCELLED = "CANCELLED"
@@ -309,9 +310,12 @@ def open_job(url: str | os.PathLike[str], server: str = DEFAULT_ADDRESS) -> Job:
         InvalidArgument: there is none, or it is damaged.
     """
     store = Store(url)
-    if not store.exists(FILE):
-        raise InvalidArgument(f"{url}: found no {FILE}; expected the folder of a job, as `covae batch generate --out`")
-    return Job(store, Specification.from_json(store.read(FILE).decode("utf-8", "replace")), server)
+    if not store.exists(JOB_FILE):
+        raise InvalidArgument(
+            f"{url}: found no {JOB_FILE}; expected the folder of a job, as `covae batch generate --out`"
+        )
+    text = store.read(JOB_FILE).decode("utf-8", "replace")
+    return Job(store, Specification.from_json(text, f"{store.url}/{JOB_FILE}"), server)
 
 
 def begin(url: str | os.PathLike[str], specification: Specification, server: str) -> Job:
@@ -321,13 +325,13 @@ def begin(url: str | os.PathLike[str], specification: Specification, server: str
         InvalidArgument: there is another job, or there are other files in its folder of data.
     """
     store = Store(url)
-    if not store.exists(FILE):
+    if not store.exists(JOB_FILE):
         strangers = sorted(store.names("data"))
         if strangers:
             raise InvalidArgument(
                 f"--out: found {strangers[0]} in {url}/data, which is of no job; choose another folder"
             )
-        store.publish(FILE, specification.to_json().encode())
+        store.publish(JOB_FILE, specification.to_json().encode())
     found = open_job(url, server)
     if found.specification != specification:
         raise InvalidArgument(

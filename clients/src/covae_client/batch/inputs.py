@@ -9,18 +9,16 @@ import tarfile
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from covae_client.batch.card import SHEET
-from covae_client.batch.specification import FILE
 from covae_client.batch.store import StoreError
 from covae_client.errors import CovaeError, ImageFileError, InvalidArgument
-from covae_core.images import EXTENSIONS, MAX_FILE_BYTES, list_images
+from covae_core.images import CONTACT_SHEET, EXTENSIONS, JOB_FILE, MAX_FILE_BYTES, list_images
 
 # Rows of a Parquet file's image column: bytes, or Hugging Face's struct of bytes and path.
 IMAGE_COLUMNS = ("image", "img", "bytes")
@@ -223,10 +221,10 @@ def _sources(place: str, seen: set[str]) -> Iterator[Source]:
         else:
             found = fs.find(path, detail=True)
             sizes = {name: int(entry.get("size") or 0) for name, entry in found.items() if not _hidden(name, path)}
-            pictures = sorted(name for name in sizes if name.lower().endswith(EXTENSIONS))
+            pictures = sorted(
+                name for name in sizes if name.lower().endswith(EXTENSIONS) and not _is_sheet(name, sizes)
+            )
             archives = sorted(name for name in sizes if name.lower().endswith(ARCHIVES))
-        if is_folder:
-            pictures = [name for name in pictures if not _is_sheet(fs, name)]
     except InvalidArgument:
         raise
     except Exception as error:  # what the store's own library raises
@@ -257,10 +255,10 @@ def _in_folder(path: str) -> tuple[dict[str, int], list[str], list[str]]:
     return {name: os.path.getsize(name) for name in (*pictures, *archives)}, pictures, archives
 
 
-def _is_sheet(fs: Any, name: str) -> bool:
-    """Whether a picture is a job's contact sheet, which is no image of it."""
+def _is_sheet(name: str, names: Container[str]) -> bool:
+    """Whether a picture is a job's contact sheet, which is no image."""
     folder, _, last = name.rpartition("/")
-    return last == SHEET and bool(fs.exists(f"{folder}/{FILE}"))
+    return last == CONTACT_SHEET and f"{folder}/{JOB_FILE}" in names
 
 
 def _hidden(name: str, folder: str) -> bool:

@@ -10,8 +10,8 @@ from math import ceil
 from typing import Any
 
 from covae_client.errors import InvalidArgument
+from covae_core.images import JOB_FILE
 
-FILE = "job.json"
 VERSION = 2
 DIGEST_DIGITS = 64
 FORMATS = {"parquet": "parquet", "webdataset": "tar"}
@@ -88,8 +88,8 @@ class Specification:
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Specification:
-        """Read it back.
+    def from_json(cls, text: str, name: str = JOB_FILE) -> Specification:
+        """Read it back; name: the file's, for what is wrong with it.
 
         Raises:
             InvalidArgument: it is no specification of this version.
@@ -98,11 +98,11 @@ class Specification:
             values = json.loads(text)
             known = {field.name for field in fields(cls)}
             if not isinstance(values, dict) or set(values) != known:
-                raise InvalidArgument(f"{FILE}: found {sorted(values)}; expected {sorted(known)}")
+                raise InvalidArgument(f"{name}: found {sorted(values)}; expected {sorted(known)}")
             shape = tuple(int(size) for size in values["image_shape"])
             return cls(**{**values, "image_shape": shape, "inputs": tuple(values["inputs"])})
         except (ValueError, TypeError) as error:
-            raise InvalidArgument(f"{FILE}: this is no job of version {VERSION}: {error}") from error
+            raise InvalidArgument(f"{name}: this is no job of version {VERSION}: {error}") from error
 
     def differences(self, other: Specification) -> str:
         """What another has that this has not, in words."""
