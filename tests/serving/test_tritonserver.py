@@ -20,7 +20,9 @@ def test_it_serves_a_repository_and_leaves_nothing_behind(toy_repository, tmp_pa
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     port = free_port(LOOPBACK)
     words = [f"--model-repository={toy_repository}", f"--grpc-port={port}", "--allow-http=0", "--allow-metrics=0"]
-    server = subprocess.Popen([sys.executable, "-m", "covae_serving.tritonserver", *words], stderr=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    with log.open("wb") as errors:
+        server = subprocess.Popen([sys.executable, "-m", "covae_serving.tritonserver", *words], stderr=errors)
     try:
         with InferenceServerClient(f"{LOOPBACK}:{port}") as client:
             until = time.monotonic() + 60
@@ -35,7 +37,7 @@ def test_it_serves_a_repository_and_leaves_nothing_behind(toy_repository, tmp_pa
                 inputs[-1].set_data_from_numpy(np.zeros((2, *tensor.dims), np.int64))
             assert client.infer(name, inputs).as_numpy("image").dtype == np.uint8
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=30) == 0
+        assert server.wait(timeout=30) == 0, log.read_text()
     finally:
         server.kill()
         server.wait()
