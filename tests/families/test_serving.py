@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from covae_apps.bench.generation import session_like
+from covae_apps.bench.sessions import sample_feeds
 from covae_client import BeyondReach
 from covae_client.errors import InvalidArgument, NotFound
 from covae_client.plans import image_index
@@ -72,6 +74,12 @@ def test_export_agrees_with_torch_and_offers_what_the_model_can_do(name, exporte
         wanted -= {"align"}
     assert offered == wanted
     assert offered == {path.name.rpartition("_")[2] for path in exported[0].glob(f"{name}_*")}
+
+
+def test_the_graph_of_a_sample_makes_the_served_images_in_process(model, exported, name):
+    session = session_like(exported[0], name)
+    images = session.run(["image"], sample_feeds(session, row_seeds(3, np.arange(7))))[0]
+    np.testing.assert_array_equal(images, model.sample(7, seed=3))
 
 
 def test_sample(model, run):

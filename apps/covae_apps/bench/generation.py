@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from covae_apps.bench.sessions import session_of
+from covae_apps.bench.sessions import sample_feeds, session_of
 from covae_apps.bench.stopwatch import (
     UNDISTURBED,
     Case,
@@ -33,6 +33,7 @@ from covae_apps.bench.stopwatch import (
 )
 from covae_apps.demo.figures import COLOURS, STYLE
 from covae_client import Client
+from covae_client.commands import latent_of
 from covae_client.model import Model
 from covae_core.contract import HALF_ERRORS, served_name
 from covae_core.errors import CovaeError
@@ -126,7 +127,7 @@ def measure(repository: Path, name: str, images: int, batch: int, repeats: int) 
         model = client.model(name)
         seeds = row_seeds(0, np.arange(batch))
         session = session_like(repository, name)
-        feeds = {key.name: seeds[:, None] for key in session.get_inputs()}
+        feeds = sample_feeds(session, seeds)
         apart = np.abs(model.sample(batch).astype(int) - session.run(["image"], feeds)[0]).max()
         # A process chooses cuDNN's algorithms for itself, by their time.
         if apart > (LEVELS if "CUDAExecutionProvider" in session.get_providers() else 0):
@@ -163,9 +164,9 @@ def measure(repository: Path, name: str, images: int, batch: int, repeats: int) 
 
 def draw_cases(model: Model) -> list[Case]:
     """Images of one latent."""
-    latent = model.latents(1)[0] if len(model.spec.latents) == 1 else None
-    if "draw" not in model.operations or (latent is None and model.spec.latents):
+    if "draw" not in model.operations:
         return []
+    latent = latent_of(model, 0, 0)
     return [case(f"draw {n}", partial(model.draw, latent, n)) for n in DRAWS]
 
 

@@ -21,6 +21,7 @@ from covae_apps.bench.graphs import untrained
 from covae_apps.bench.http_peers import FRAMEWORKS, Framework, peer_of
 from covae_apps.bench.repositories import untrained_repository
 from covae_apps.bench.roofline import SIDE, convolutions, rates
+from covae_apps.bench.sessions import sample_feeds
 from covae_apps.bench.stopwatch import (
     UNDISTURBED,
     Case,
@@ -116,7 +117,7 @@ def round_trip(repeats: int) -> Row:
         Client(service.grpc_address) as client,
     ):
         model, session = client.model(SMALLEST), session_like(repository, SMALLEST)
-        feeds = {item.name: np.zeros((1, 1), np.int64) for item in session.get_inputs()}
+        feeds = sample_feeds(session, np.zeros(1, np.int64))
         name = "batch 1 of 8×8 images of a vae, beside ONNX Runtime in process: what a request costs by itself"
         ours, theirs = case("grpc", partial(model.sample, 1)), case("in process", lambda: session.run(["image"], feeds))
         return within_ms(compared(name, ours, theirs, SMALL_REPEATS * repeats, 1.0))
@@ -138,7 +139,7 @@ def arms(
 ) -> tuple[list[Row], dict[str, str]]:
     """Every way to a batch of images, alternated; ours, over gRPC, beside each other one. And why some are left out."""
     seeds = row_seeds(0, np.arange(batch))
-    feeds = {item.name: seeds[:, None] for item in session.get_inputs()}
+    feeds = sample_feeds(session, seeds)
     calls: dict[str, tuple[Callable[[], Any], float]] = {
         "grpc": (partial(model.sample, batch), 0),
         "ONNX Runtime in process": (lambda: session.run(["image"], feeds)[0], IN_PROCESS[batch]),
@@ -237,7 +238,7 @@ def openvino_images(from_noise: FromNoise, threads: int) -> Callable[[tuple[Tens
 def concurrent(address: str, session: onnxruntime.InferenceSession) -> Row:
     """CLIENTS clients that ask for an image after the other each, beside batches of as many in process: ms an image."""
     seeds = row_seeds(0, np.arange(CLIENTS))
-    feeds = {item.name: seeds[:, None] for item in session.get_inputs()}
+    feeds = sample_feeds(session, seeds)
     ours, theirs = [], []
     with Client(address) as client:
         model = client.model(FAMILY)
@@ -303,7 +304,7 @@ def structured(repository: Path, session: onnxruntime.InferenceSession, repeats:
     rows = []
     for batch in (1, 16):
         seeds = row_seeds(0, np.arange(batch))
-        feeds = {item.name: seeds[:, None] for item in session.get_inputs()}
+        feeds = sample_feeds(session, seeds)
         draw = np.random.default_rng(0).standard_normal((batch, *latent.shape[1:])).astype(np.float32)
         sample = case("sample", partial(session.run, ["image"], feeds))
         mean = case("mean", partial(plain.run, ["mean"], {latent.name: draw}))
@@ -315,7 +316,7 @@ def structured(repository: Path, session: onnxruntime.InferenceSession, repeats:
 def roofline(repository: Path, session: onnxruntime.InferenceSession, threads: int, repeats: int) -> dict[str, float]:
     """What an image's convolutions are, and how fast they are computed in process beside a matrix product."""
     path = repository / f"{FAMILY}_sample" / "1" / MODEL_FILE
-    feeds = {item.name: row_seeds(0, np.arange(BATCHES[1]))[:, None] for item in session.get_inputs()}
+    feeds = sample_feeds(session, row_seeds(0, np.arange(BATCHES[1])))
     with TemporaryDirectory(prefix="covae-bench-") as place:
         graph, product = rates(path, feeds, threads, repeats, Path(place))
     return {"operations": convolutions(path), "graph_per_s": graph, "product_per_s": product}

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from covae_core.errors import Unsupported
 
 Feeds = Mapping[str, NDArray[Any]]
+# Of a pose drawn from its prior, what it is multiplied by, and then moved by.
+POSE = {"pose_spread": 1.0, "pose_centre": 0.0}
 
 
 def session_of(path: Path, threads: int, gpu: bool = False, prepacked: bool = True) -> onnxruntime.InferenceSession:
@@ -35,6 +38,13 @@ def session_of(path: Path, threads: int, gpu: bool = False, prepacked: bool = Tr
             "place of onnxruntime"
         )
     return session
+
+
+def sample_feeds(session: onnxruntime.InferenceSession, seeds: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """What a `sample` graph takes for the images of seeds, (N,), every latent from its prior."""
+    found: dict[str, NDArray[Any]] = {item.name: seeds[:, None] for item in session.get_inputs()}
+    pose = {item.name: item.shape[1] for item in session.get_inputs() if item.name in POSE}
+    return found | {name: np.full((len(seeds), size), POSE[name], np.float32) for name, size in pose.items()}
 
 
 def calls(graphs: Mapping[Path, Feeds], threads: int) -> list[onnxruntime.InferenceSession]:
