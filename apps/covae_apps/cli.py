@@ -23,7 +23,7 @@ def demo(
     from rich.console import Console
 
     from covae_apps.demo.pipeline import Places, run_demo
-    from covae_client.commands import terminated_as_interrupted
+    from covae_core.signals import terminated_as_interrupted
     from covae_train.cli import parse_size
 
     size = parse_size(image_size)
@@ -39,7 +39,7 @@ bench = typer.Typer(
 @bench.callback()
 def _bench(context: typer.Context) -> None:
     """Time Covae beside what else there is; ratios in one run."""
-    from covae_client.commands import terminated_as_interrupted
+    from covae_core.signals import terminated_as_interrupted
 
     context.with_resource(terminated_as_interrupted())  # servers and temporary folders go too
 

@@ -52,6 +52,7 @@ def export(
     from rich.console import Console
 
     from covae_core.errors import InvalidArgument
+    from covae_core.signals import terminated_as_interrupted
     from covae_export.exporting import Deployment, export_run
     from covae_export.triton_config import INSTANCE_KINDS
     from covae_train.run import load_run
@@ -59,7 +60,7 @@ def export(
     if instance_kind not in INSTANCE_KINDS:
         raise InvalidArgument(f"--instance-kind: found {instance_kind!r}; expected one of {', '.join(INSTANCE_KINDS)}")
     console = Console()
-    with console.status("loading") as status:
+    with terminated_as_interrupted(), console.status("loading") as status:  # its processes and files go too
 
         def say(operation: Operation) -> None:
             what = f"exporting and checking {operation.name}"

@@ -8,6 +8,7 @@ import os
 import pickle  # noqa: TID251 - between processes, never from a file
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Thread
+from typing import cast
 
 from covae_core.contract import MOST_NAME, NAME_PATTERN, ModelSpec, served_name
 from covae_core.errors import InvalidArgument
@@ -92,7 +94,9 @@ def export_run(
     served.
     precision: float16 computes the networks' feature maps so, but for exact operations': for GPUs; a CPU has no
     such arithmetic and takes longer. How far each output is from float32's then stands in the configurations.
-    jobs: operations at a time, each in a process of its own; None: as many as there are cores, MOST_JOBS at most.
+    jobs: operations at a time, each in a process of its own; None: as many as there are cores, MOST_JOBS at most. For
+    more than one the model must be picklable, and a script must do what it does below `if __name__ == "__main__":`, as
+    Python's multiprocessing asks.
 
     The graphs of the operations that the model can do are written and checked in a hidden folder of the repository,
     then moved into place, and the replacement of one file makes them the model: killed at any moment, it leaves the
@@ -103,7 +107,8 @@ def export_run(
         InvalidArgument: `name` cannot name a Triton model, the model cannot do one of `operations`, there is no such
             precision or nothing in the model to have it, or the repository has operations of that name that this export
             would leave behind.
-        ExportError: a graph cannot be exported or disagrees with torch, or float16 cannot hold its feature maps.
+        ExportError: a graph cannot be exported or disagrees with torch, float16 cannot hold its feature maps, the
+            repository cannot be written, the model cannot be given to other processes, or one of them died.
     """
     name = name or run.run_id
     if not NAME_PATTERN.fullmatch(name):
@@ -207,8 +212,9 @@ def _locked(repository: Path) -> Iterator[None]:
 
 
 Stage = Callable[[Operation], list[Disagreement]]
-# In a process of the pool, what it is to do.
-_work: Stage
+# In a process of the pool, what it is to do: pickled until it is asked for, so that the error of one that cannot be
+# read is its answer.
+_work: bytes | Stage
 
 
 def _each(
@@ -219,41 +225,62 @@ def _each(
         for operation in operations:
             yield operation, partial(stage, operation)
         return
-    # Forked from a process that has imported this and done nothing: a fork of one with threads, which a gRPC client or
-    # a session leaves behind, may crash on what they were at.
+    # Forked from a process that has imported this and done nothing, and that stays until this one ends: a fork of one
+    # with threads, which a gRPC client or a session leaves behind, may crash on what they were at.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     order = sorted(operations, key=lambda operation: operation.name not in LONGEST)  # the longest first
+    work = _pickled(stage)
     ended, going_on = context.Pipe(duplex=False)
-    arguments = (ended, dict(os.environ), _sendable(stage))
+    arguments = (ended, dict(os.environ), work)
     with ended, going_on, ProcessPoolExecutor(min(jobs, len(order)), context, _begin, arguments) as pool:
         try:
-            results = {operation.name: pool.submit(_stage_here, operation.name) for operation in order}
+            with _starting(), _told():
+                results = {operation.name: pool.submit(_stage_here, operation.name) for operation in order}
             for operation in operations:
                 yield operation, partial(_result, results[operation.name], operation)
         except BaseException:
             going_on.close()  # the processes end now, where the pool would wait for them
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _sendable(stage: Stage) -> bytes:
+def _pickled(stage: Stage) -> bytes:
     try:
         return pickle.dumps(stage)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except Exception as error:  # of a module's own
         raise ExportError(f"the model cannot be sent to other processes: {error}; try --jobs 1") from error
 
 
-def _begin(ended: Connection, environment: Mapping[str, str], stage: bytes) -> None:
+@contextmanager
+def _starting() -> Iterator[None]:
+    """What is started here, and what that starts, looks for no module in the current folder and does not hear a
+    terminal's Ctrl-C, which is for this process."""
+    variable = "PYTHONSAFEPATH"
+    before = os.environ.get(variable)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _begin(ended: Connection, environment: Mapping[str, str], work: bytes) -> None:
     """Take over the work, as the process that it is for would do it, and end when that one dies or wants no more."""
     global _work
-    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with, args=(ended,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them
+    if sys.stderr is not None:
+        faulthandler.enable()  # a crash says where
     os.environ.clear()
     os.environ.update(environment)
     use_threads(1)
-    families()  # whose modules nobody else finds
-    _work = pickle.loads(stage)
+    _work = work
 
 
 def _end_with(ended: Connection) -> None:
@@ -262,16 +289,30 @@ def _end_with(ended: Connection) -> None:
 
 
 def _stage_here(name: str) -> list[tuple[str, float, float]]:
+    global _work
+    if isinstance(_work, bytes):
+        families()  # whose modules nobody else finds
+        try:
+            _work = cast(Stage, pickle.loads(_work))
+        except Exception as error:  # of what is only defined where the model was made
+            raise ExportError(f"the model cannot be read in another process: {error}; try --jobs 1") from error
     return [(item.output, item.error, item.tolerance) for item in _work(OPERATIONS[name])]
 
 
 def _result(found: Future[list[tuple[str, float, float]]], operation: Operation) -> list[Disagreement]:
-    try:
+    with _told():
         return [Disagreement(operation, *item) for item in found.result()]
-    except BrokenProcessPool as error:
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say what it means that a process died, of those that begin and of those at work."""
+    try:
+        yield
+    except (BrokenProcessPool, ConnectionError, EOFError) as error:
         raise ExportError(
             "a process died while it exported an operation, perhaps for lack of memory; nothing was published, try "
-            "--jobs 1 (in Python: jobs=1, or call it below `if __name__ == '__main__':`)"
+            "--jobs 1"
         ) from error
 
 

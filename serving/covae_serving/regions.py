@@ -52,14 +52,15 @@ class Regions:
             (SHARED_MEMORY / name).unlink(missing_ok=True)
 
     def note_backend_folder(self, before: Collection[Path]) -> None:
-        """Remember which of `backend_folders` a Triton that answers has made, where these were before, for whoever
+        """Remember which of `backend_folders` this service's Triton has made, where these were before, for whoever
         clears up after it: a killed one leaves it.
 
-        Only where there is one alone: of several, of Tritons that began meanwhile, nobody can tell whose they are, and
-        one whose folder is gone aborts at its end.
+        It has made one before its first stub began. Of several, of Tritons that began meanwhile, nobody can tell whose
+        they are, and one whose folder is gone aborts at its end: then none is noted.
         """
         new = backend_folders().difference(before)
-        (self.folder / NOTED).write_text(str(new.pop()) if len(new) == 1 else "", encoding="utf-8")
+        own = new.pop() if len(new) == 1 and find_stubs(self.prefix) else ""
+        (self.folder / NOTED).write_text(str(own), encoding="utf-8")
 
     def hide(self) -> None:
         """Let no other user read the regions: Triton makes them readable for all, whatever its umask."""

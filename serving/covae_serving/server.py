@@ -302,14 +302,15 @@ class Server:
         deadline = time.monotonic() + self._timing.start_s
         try:
             self._wait_until(lambda: self._answers_as(identity), deadline)
-            self._regions.note_backend_folder(before)
             # Triton answers over gRPC for a moment even when it is about to exit because the metrics port was taken.
             self._wait_until(lambda: b"nv_inference" in self.metrics_page(), deadline)
             failures = self._failures(deadline, harmful)
             self._pinned |= {model.name for name, model in self.models.items() if name not in failures}
         except BaseException:
+            self._regions.note_backend_folder(before)
             self.discard()
             raise
+        self._regions.note_backend_folder(before)
         self._regions.hide()
         self.stubs = {name: self._find_stubs(name) for name in self.models}
         return failures

@@ -296,6 +296,15 @@ def test_linked_files_and_folders_are_found_and_a_circle_ends(tmp_path):
     assert [path.name for path in images.list_images(folder).others] == ["notes.txt"]
 
 
+def test_a_jobs_contact_sheet_is_no_image(tmp_path):
+    (tmp_path / "contact-sheet.png").touch()
+    assert images.find_images([tmp_path]) == [tmp_path / "contact-sheet.png"]
+    (tmp_path / "job.json").touch()
+    with pytest.raises(ImageFileError, match="but for jobs' contact sheets"):
+        images.find_images([tmp_path])
+    assert images.find_images([tmp_path / "contact-sheet.png"]) == [tmp_path / "contact-sheet.png"]
+
+
 def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageFileError, match="no regular file"):

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -304,18 +305,31 @@ def test_graphs_that_disagree_with_torch_leave_the_repository_as_it_was(run_fold
 class Dies(torch.nn.Module):
     """Ends the process that exports it, as the system does where memory runs out."""
 
+    def __init__(self, mark):
+        super().__init__()
+        self.mark = mark
+
     def forward(self, features):
         if torch.compiler.is_exporting():
+            self.mark.touch()
             os._exit(1)
         return features[:, :1]
 
 
 def test_a_process_that_dies_is_told_and_nothing_is_published(run_folders, tmp_path):
     run = load_run(run_folders["beta-vae"])
-    run.model.head.mean = Dies()
+    run.model.head.mean = Dies(tmp_path / "mark")
     with pytest.raises(ExportError, match=r"a process died while it exported an operation.* try --jobs 1"):
-        export_run(run, tmp_path, "toy", operations=["sample", "decode"], jobs=2)
-    assert list(tmp_path.iterdir()) == []
+        export_run(run, tmp_path / "repository", "toy", operations=["sample", "decode"], jobs=2)
+    assert (tmp_path / "mark").exists()
+    assert list((tmp_path / "repository").iterdir()) == []
+
+
+class Unreadable(torch.nn.Module):
+    """One that another process cannot make again, as what a notebook defines."""
+
+    def __reduce__(self):
+        return (eval, ("no_such_name",))
 
 
 def test_a_model_that_no_process_can_be_given_is_told_and_nothing_is_published(run_folders, tmp_path):
@@ -323,68 +337,108 @@ def test_a_model_that_no_process_can_be_given_is_told_and_nothing_is_published(r
     run.model.brighter = lambda images: images + 1
     with pytest.raises(ExportError, match=r"cannot be sent to other processes: .*lambda.* try --jobs 1"):
         export_run(run, tmp_path, "toy", operations=["sample", "decode"], jobs=2)
+    run.model.brighter = Unreadable()
+    with pytest.raises(ExportError, match=r"cannot be read in another process: .*no_such_name.* try --jobs 1"):
+        export_run(run, tmp_path, "toy", operations=["sample", "decode"], jobs=2)
     assert list(tmp_path.iterdir()) == []
 
 
 # No process of an export may be a fork of the exporting one, whose threads would be cut off at whatever they were at.
 EXPORTING = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
+from covae_core.signals import terminated_as_interrupted
 from covae_export.exporting import export_run
 from covae_train.run import load_run
 
-if __name__ == "__main__":
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear it
+{guard}:
     os.register_at_fork(after_in_child=lambda: os._exit(1))
-    export_run(load_run(Path(sys.argv[1])), Path(sys.argv[2]), "toy", operations=["sample", "score"], jobs=2)
+    with terminated_as_interrupted():
+        export_run(load_run(Path(sys.argv[1])), Path(sys.argv[2]), "toy", operations=["sample", "score"], jobs=2)
 """
 
 
 @pytest.fixture
 def exporting(run_folders, tmp_path):
-    """A process group of its own that exports into `tmp_path / "repository"`, two operations at a time."""
-    script = tmp_path / "exporting.py"
-    script.write_text(EXPORTING)
-    words = [sys.executable, str(script), str(run_folders["sos-vae"]), str(tmp_path / "repository")]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    """Starts a process group of its own that exports into `tmp_path / "repository"`, two operations at a time; in its
+    folder are files of modules' names."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("torch", "numpy", "random"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a module of the current folder')")
+    (tmp_path / "script").mkdir()
+    processes = []
+
+    def start(guard='if __name__ == "__main__"'):
+        script = tmp_path / "script" / "exporting.py"
+        script.write_text(EXPORTING.format(guard=guard))
+        words = [sys.executable, str(script), str(run_folders["sos-vae"]), str(tmp_path / "repository")]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(words, cwd=folder, stderr=pipe, text=True, start_new_session=True))
+        return processes[-1]
+
     try:
-        yield process
+        yield start
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 @pytest.mark.slow
 def test_no_process_of_an_export_is_a_fork_of_the_exporting_one(exporting, tmp_path):
-    assert exporting.communicate(timeout=300) == (None, "")
-    assert exporting.returncode == 0
+    process = exporting()
+    assert process.communicate(timeout=300) == (None, "")
+    assert process.returncode == 0
     assert read_release(tmp_path / "repository", "toy").operations == ("sample", "score")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_script_that_every_process_would_begin_again_is_told(exporting):
+    process = exporting(guard="if True")
+    words = process.communicate(timeout=300)[1]
+    assert "if __name__ == '__main__':" in words  # Python's own
+    assert words.splitlines()[-1].startswith("covae_export.errors.ExportError: a process died")
+    assert not there_is(process.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_an_export_that_is_ended_ends_its_processes_with_it(number, exporting, tmp_path):
     def at_work():
         return list((tmp_path / "repository").glob(".staging-*/*"))
 
+    process = exporting()
     until = time.monotonic() + 120
     while time.monotonic() < until and len(at_work()) < 2:
         time.sleep(0.05)
     assert len(at_work()) == 2
-    exporting.send_signal(number)
-    _, words = exporting.communicate(timeout=20)
-    until = time.monotonic() + 20
-    while time.monotonic() < until and there_is(exporting.pid):
-        time.sleep(0.05)
-    assert not there_is(exporting.pid)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    words = process.communicate(timeout=20)[1]
+    assert not there_is(process.pid)
     if number != signal.SIGKILL:
         assert at_work() == []
+        assert words.count("Traceback") == 1  # the script's own
         assert "leaked" not in words  # as Python says of what nobody gave back
 
 
 def there_is(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
+    """Whether a process of a group lives, some seconds later too."""
+
+    def lives():
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it ended meanwhile
+                state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
+                if int(its_group) == group and state != "Z":
+                    return True
         return False
-    return True
+
+    until = time.monotonic() + 20
+    while time.monotonic() < until and lives():
+        time.sleep(0.05)
+    return lives()

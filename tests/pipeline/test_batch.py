@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -247,6 +248,10 @@ def test_a_jobs_folder_is_read_without_its_contact_sheet(model, server, tmp_path
     assert len(Inputs([str(tmp_path / "made" / "contact-sheet.png")])) == 1
     others = find_images([tmp_path / "made"])
     assert [name.parent.name for name in others] == ["mine"]
+    store = fsspec.filesystem("memory")
+    for name in ("contact-sheet.png", "job.json", "mine/contact-sheet.png"):
+        store.pipe_file(f"/{tmp_path.name}/{name}", b"")
+    assert len(Inputs([f"memory://{tmp_path.name}"])) == 1
 
 
 def test_a_picture_that_was_scaled_says_so(model, server, tmp_path):

@@ -277,8 +277,8 @@ def _run(
     metrics_port: int | None,
     **options: Any,
 ) -> None:
-    from covae_client.commands import terminated_as_interrupted
     from covae_client.metrics import served_registry
+    from covae_core.signals import terminated_as_interrupted
 
     if engine not in ("local", "ray"):
         raise InvalidArgument(f"--engine: found {engine!r}; expected local or ray")

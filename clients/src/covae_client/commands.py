@@ -4,7 +4,6 @@ when one of them runs."""
 from __future__ import annotations
 
 import json
-import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -237,22 +236,3 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def shifted(report: Callable[[int], None], offset: int) -> Callable[[int, int], None]:
     return lambda done, _: report(offset + done)
-
-
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    # Some systems have no SIGHUP; `nohup` has it ignored, and so it stays.
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {
-        number: signal.signal(number, interrupt) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

@@ -106,10 +106,11 @@ def search_images(
         if not os.path.isdir(path):
             found[path] = None
             continue
-        inside, _, unreadable = list_images(path)
+        inside, others, unreadable = list_images(path)
         refused += [(path, error) for error in unreadable]
         if not inside and not unreadable:
-            reason = f"{path}: this folder holds no file that ends in {', '.join(EXTENSIONS)}"
+            sheets = ", but for jobs' contact sheets" if any(file.name == CONTACT_SHEET for file in others) else ""
+            reason = f"{path}: this folder holds no file that ends in {', '.join(EXTENSIONS)}{sheets}"
             refused.append((path, ImageFileError(reason)))
         found.update(dict.fromkeys(inside))
     return list(found), refused
