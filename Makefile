@@ -35,6 +35,6 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean: ## remove what demo and the tests made, runs and exported models too, but not the environment
+clean: ## remove demo/, dist/, runs/ and every exported model, but not the environment
 	rm -rf demo runs dist
 	find model_repository -mindepth 1 ! -name README.md -delete

@@ -44,7 +44,8 @@ def export(
         bool, typer.Option("--priorities", help="answer batch jobs' requests after all others'")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="operations exported at a time  [as many as cores, at most 4]")
+        int | None,
+        typer.Option(min=1, help="operations exported at a time, 1: in this process  [as many as cores, at most 4]"),
     ] = None,
 ) -> None:
     """Write a run's operations as ONNX graphs with Triton configurations, checked against torch."""

@@ -17,10 +17,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import cast
 
 from covae_core.contract import MOST_NAME, NAME_PATTERN, ModelSpec, served_name
@@ -215,34 +216,73 @@ Stage = Callable[[Operation], list[Disagreement]]
 # In a process of the pool, what it is to do: pickled until it is asked for, so that the error of one that cannot be
 # read is its answer.
 _work: bytes | Stage
+_STARTING = Lock()
+DIED = "a process died while it exported an operation, perhaps for lack of memory; nothing was published, try --jobs 1"
 
 
 def _each(
     stage: Stage, operations: Sequence[Operation], jobs: int
 ) -> Generator[tuple[Operation, Callable[[], list[Disagreement]]], None, None]:
     """Operations in their order, each with what waits for its result; nothing goes on once it is closed."""
+    jobs = min(jobs, len(operations))
     if jobs == 1:
         for operation in operations:
             yield operation, partial(stage, operation)
         return
-    # Forked from a process that has imported this and done nothing, and that stays until this one ends: a fork of one
-    # with threads, which a gRPC client or a session leaves behind, may crash on what they were at.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     order = sorted(operations, key=lambda operation: operation.name not in LONGEST)  # the longest first
     work = _pickled(stage)
-    ended, going_on = context.Pipe(duplex=False)
-    arguments = (ended, dict(os.environ), work)
-    with ended, going_on, ProcessPoolExecutor(min(jobs, len(order)), context, _begin, arguments) as pool:
+    with _starting():
+        context = _fork_server()
+        ended, going_on = context.Pipe(duplex=False)
+        pool = ProcessPoolExecutor(jobs, context, _begin, (ended, dict(os.environ), work))
+    with ended, going_on, pool:
         try:
-            with _starting(), _told():
+            with _starting():
                 results = {operation.name: pool.submit(_stage_here, operation.name) for operation in order}
             for operation in operations:
                 yield operation, partial(_result, results[operation.name], operation)
         except BaseException:
             going_on.close()  # the processes end now, where the pool would wait for them
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
+
+
+def _fork_server() -> ForkServerContext:
+    """What an export's processes are forked from: a process that has imported this and no more, which stays until this
+    one ends. A fork of one with threads, as of a gRPC client or a session, may crash on what they were at.
+
+    It looks for no module in the current folder, and does not hear a terminal's Ctrl-C, which is for this process.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    variable = "PYTHONSAFEPATH"
+    with _STARTING:
+        before = os.environ.get(variable)
+        os.environ[variable] = "1"
+        try:
+            resource_tracker.ensure_running()  # which the other one would start, and which lets SIGINT through again
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                forkserver.ensure_running()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        finally:
+            if before is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = before
+    return context
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Say what it means that processes do not begin."""
+    try:
+        yield
+    except (BrokenProcessPool, ConnectionError, EOFError) as error:
+        raise ExportError(DIED) from error
+    except OSError as error:
+        raise ExportError(f"processes cannot be started: {error}; nothing was published, try --jobs 1") from error
 
 
 def _pickled(stage: Stage) -> bytes:
@@ -250,24 +290,6 @@ def _pickled(stage: Stage) -> bytes:
         return pickle.dumps(stage)
     except Exception as error:  # of a module's own
         raise ExportError(f"the model cannot be sent to other processes: {error}; try --jobs 1") from error
-
-
-@contextmanager
-def _starting() -> Iterator[None]:
-    """What is started here, and what that starts, looks for no module in the current folder and does not hear a
-    terminal's Ctrl-C, which is for this process."""
-    variable = "PYTHONSAFEPATH"
-    before = os.environ.get(variable)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    os.environ[variable] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _begin(ended: Connection, environment: Mapping[str, str], work: bytes) -> None:
@@ -300,20 +322,10 @@ def _stage_here(name: str) -> list[tuple[str, float, float]]:
 
 
 def _result(found: Future[list[tuple[str, float, float]]], operation: Operation) -> list[Disagreement]:
-    with _told():
-        return [Disagreement(operation, *item) for item in found.result()]
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Say what it means that a process died, of those that begin and of those at work."""
     try:
-        yield
-    except (BrokenProcessPool, ConnectionError, EOFError) as error:
-        raise ExportError(
-            "a process died while it exported an operation, perhaps for lack of memory; nothing was published, try "
-            "--jobs 1"
-        ) from error
+        return [Disagreement(operation, *item) for item in found.result()]
+    except BrokenProcessPool as error:
+        raise ExportError(DIED) from error
 
 
 def half_errors(disagreements: Sequence[Disagreement], precision: str) -> dict[str, dict[str, float]]:

@@ -365,7 +365,7 @@ def exporting(run_folders, tmp_path):
     folder are files of modules' names."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    for name in ("torch", "numpy", "random"):
+    for name in ("torch", "numpy", "random", "socket", "selectors"):
         (folder / f"{name}.py").write_text("raise SystemExit('a module of the current folder')")
     (tmp_path / "script").mkdir()
     processes = []

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from covae_core.errors import ImageFileError
-from covae_core.images import EXTENSIONS, fit_image, list_images, open_image
+from covae_core.images import fit_image, list_images, no_images_in, open_image
 from covae_train.config import RunConfig
 from covae_train.errors import DataError
 
@@ -407,7 +407,7 @@ def _listed(folders: Sequence[Path]) -> Split:
         files += listing.images
         others += listing.others
     if not files:
-        raise DataError(f"{folders[0]}: this folder holds no file that ends in {', '.join(EXTENSIONS)}")
+        raise DataError(no_images_in(folders[0], others))
     notes = (_told(f"{folders[0]}: no images", [str(path.name) for path in others]),) if others else ()
     return Split(len(files), ((str(file), open_image(file)) for file in files), notes)
 

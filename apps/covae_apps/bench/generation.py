@@ -245,8 +245,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     )  # fmt: skip
     return "\n\n".join(
         [
-            f"Seconds of 10,000 images and images/s are of a run of {record['settings']['images']} over gRPC, once, in "
-            f"requests of {batch} of which four are in flight. In process is the same graph in ONNX Runtime; gRPC's "
+            f"Seconds of 10,000 images and images/s are of a run of {record['settings']['images']:,} over gRPC, once, "
+            f"in requests of {batch} of which four are in flight. In process is the same graph in ONNX Runtime; gRPC's "
             "share is what is left of its rate over gRPC, one request at a time on both sides, alternated.",
             markdown(heads, fast),
             f"A request of {batch} images, one at a time, means in ms by the server's own metrics:",

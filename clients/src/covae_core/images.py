@@ -109,11 +109,15 @@ def search_images(
         inside, others, unreadable = list_images(path)
         refused += [(path, error) for error in unreadable]
         if not inside and not unreadable:
-            sheets = ", but for jobs' contact sheets" if any(file.name == CONTACT_SHEET for file in others) else ""
-            reason = f"{path}: this folder holds no file that ends in {', '.join(EXTENSIONS)}{sheets}"
-            refused.append((path, ImageFileError(reason)))
+            refused.append((path, ImageFileError(no_images_in(path, others))))
         found.update(dict.fromkeys(inside))
     return list(found), refused
+
+
+def no_images_in(folder: Path, others: Iterable[Path]) -> str:
+    """What is wrong with a folder that holds these other files alone."""
+    sheets = ", but for jobs' contact sheets" if any(file.name == CONTACT_SHEET for file in others) else ""
+    return f"{folder}: this folder holds no file that ends in {', '.join(EXTENSIONS)}{sheets}"
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:

@@ -257,8 +257,8 @@ def _in_folder(path: str) -> tuple[dict[str, int], list[str], list[str]]:
 
 def _is_sheet(name: str, names: Container[str]) -> bool:
     """Whether a picture is a job's contact sheet, which is no image."""
-    folder, _, last = name.rpartition("/")
-    return last == CONTACT_SHEET and f"{folder}/{JOB_FILE}" in names
+    folder = name.removesuffix(CONTACT_SHEET)
+    return folder != name and folder[-1:] in ("", "/") and folder + JOB_FILE in names
 
 
 def _hidden(name: str, folder: str) -> bool:
