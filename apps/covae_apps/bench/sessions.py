@@ -42,9 +42,12 @@ def session_of(path: Path, threads: int, gpu: bool = False, prepacked: bool = Tr
 
 def sample_feeds(session: onnxruntime.InferenceSession, seeds: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     """What a `sample` graph takes for the images of seeds, (N,), every latent from its prior."""
-    found: dict[str, NDArray[Any]] = {item.name: seeds[:, None] for item in session.get_inputs()}
-    pose = {item.name: item.shape[1] for item in session.get_inputs() if item.name in POSE}
-    return found | {name: np.full((len(seeds), size), POSE[name], np.float32) for name, size in pose.items()}
+    return {
+        item.name: np.full((len(seeds), item.shape[1]), POSE[item.name], np.float32)
+        if item.name in POSE
+        else seeds[:, None]
+        for item in session.get_inputs()
+    }
 
 
 def calls(graphs: Mapping[Path, Feeds], threads: int) -> list[onnxruntime.InferenceSession]:

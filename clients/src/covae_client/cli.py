@@ -266,7 +266,7 @@ def edit(
     metrics_port: MetricsPort = None,
 ) -> None:
     """Fix the opaque pixels of EDIT.png and let the rest of an image follow: mean.png, sample-0.png, …"""
-    from covae_client import commands, scored_files
+    from covae_client import commands
 
     with commands.open_model(name, server, timeout, metrics_port) as model:
         edited = commands.edit(
@@ -283,8 +283,11 @@ def edit(
         )
     typer.echo(f"mean.png and {commands.counted(samples, 'sample')}: {edited.folder}")
     if edited.fitted:
-        picture = scored_files.printable(str(image))
-        typer.echo(f"{picture} was scaled and cut to the model's size; what was edited is what that made of it")
+        from covae_client.scored_files import printable
+
+        typer.echo(
+            f"{printable(str(image))} was scaled and cut to the model's size; what was edited is what that made of it"
+        )
     if edited.advice:
         typer.echo(f"{typer.style('warning:', fg='yellow', bold=True)} {edited.advice}", err=True)
 

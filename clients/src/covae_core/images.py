@@ -6,7 +6,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from math import ceil, sqrt
 from pathlib import Path
@@ -80,7 +80,7 @@ def _list(folder: Path, above: tuple[str, ...], found: Listing) -> None:
     except OSError as error:
         found.unreadable.append(ImageFileError(f"{folder}: cannot be read: {error.strerror or error}"))
         return
-    no_image = CONTACT_SHEET if any(entry.name == JOB_FILE for entry in entries) else None
+    names = {entry.name for entry in entries}
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -88,8 +88,14 @@ def _list(folder: Path, above: tuple[str, ...], found: Listing) -> None:
         if entry.is_dir():
             _list(path, (*above, place), found)
         else:
-            is_image = path.suffix.lower() in EXTENSIONS and entry.name != no_image
+            is_image = path.suffix.lower() in EXTENSIONS and not is_contact_sheet(entry.name, names)
             (found.images if is_image else found.others).append(path)
+
+
+def is_contact_sheet(name: str, names: Container[str]) -> bool:
+    """Whether a file, among others by their names or paths, is a batch job's contact sheet, which is no image."""
+    folder = name.removesuffix(CONTACT_SHEET)
+    return folder != name and folder[-1:] in ("", "/") and folder + JOB_FILE in names
 
 
 def search_images(

@@ -9,7 +9,7 @@ import tarfile
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from covae_client.batch.store import StoreError
 from covae_client.errors import CovaeError, ImageFileError, InvalidArgument
-from covae_core.images import CONTACT_SHEET, EXTENSIONS, JOB_FILE, MAX_FILE_BYTES, list_images
+from covae_core.images import EXTENSIONS, MAX_FILE_BYTES, is_contact_sheet, list_images
 
 # Rows of a Parquet file's image column: bytes, or Hugging Face's struct of bytes and path.
 IMAGE_COLUMNS = ("image", "img", "bytes")
@@ -222,7 +222,7 @@ def _sources(place: str, seen: set[str]) -> Iterator[Source]:
             found = fs.find(path, detail=True)
             sizes = {name: int(entry.get("size") or 0) for name, entry in found.items() if not _hidden(name, path)}
             pictures = sorted(
-                name for name in sizes if name.lower().endswith(EXTENSIONS) and not _is_sheet(name, sizes)
+                name for name in sizes if name.lower().endswith(EXTENSIONS) and not is_contact_sheet(name, sizes)
             )
             archives = sorted(name for name in sizes if name.lower().endswith(ARCHIVES))
     except InvalidArgument:
@@ -253,12 +253,6 @@ def _in_folder(path: str) -> tuple[dict[str, int], list[str], list[str]]:
     pictures = [str(name) for name in listing.images]
     archives = [str(name) for name in listing.others if name.name.lower().endswith(ARCHIVES)]
     return {name: os.path.getsize(name) for name in (*pictures, *archives)}, pictures, archives
-
-
-def _is_sheet(name: str, names: Container[str]) -> bool:
-    """Whether a picture is a job's contact sheet, which is no image."""
-    folder = name.removesuffix(CONTACT_SHEET)
-    return folder != name and folder[-1:] in ("", "/") and folder + JOB_FILE in names
 
 
 def _hidden(name: str, folder: str) -> bool:
